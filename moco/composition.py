@@ -27,10 +27,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moco import plugins
 from moco.config import ConfigError, MethodConfig, TrainConfig, config_dir, expand_paths, flatten, require
+from moco.config.quoting import override, quoted, value_text
 from moco.config.types import type_error
 from moco.methods import METHODS
 from moco.overrides import checked_files, keep_text
-from moco.runtime.next_command import quoted, value_text
 from moco.runtime.stdio import exit_on_broken_pipe
 
 Schema = TypeVar("Schema")
@@ -288,22 +288,22 @@ def _invalid_value(text: str) -> str:
     if found := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
         return f"{found[1]} exists: change it without the plus, {found[1]}=VALUE"
     if found := re.search(r"Error merging override \+*(\S+)=(\S+)\n.*is not a ListConfig", text):
-        return f"{found[1]}={found[2]} must be a list: {found[1]}=[{found[2]}]"
+        return f"{found[1]}={found[2]} must be a list: {shlex.quote(f'{found[1]}=[{found[2]}]')}"
     if found := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
         field, value = found.groups()
-        as_text = shlex.quote(f"{field}={quoted(value)}")
-        return f"{field}={value} is ambiguous: write a list as '{field}=[{value}]', or text with a comma as {as_text}"
+        as_list, as_text = shlex.quote(f"{field}=[{value}]"), override(field, value)
+        return f"{field}={value} is ambiguous: write a list as {as_list}, or text with a comma as {as_text}"
     return ""
 
 
-def _unreadable_override(override: str) -> str:
-    field, _, value = override.partition("=")
+def _unreadable_override(argument: str) -> str:
+    field, _, value = argument.partition("=")
     if not value:
-        path = " A path needs its field too, such as run=DIR or data.root=DIR" * Path(override).exists()
-        return f"{override} cannot be read: write field=value, without spaces around the ={path and f'.{path}'}"
+        path = " A path needs its field too, such as run=DIR or data.root=DIR" * Path(argument).exists()
+        return f"{argument} cannot be read: write field=value, without spaces around the ={path and f'.{path}'}"
     is_list = re.fullmatch(r"\[.*\]", value)
     fixed = f"[{','.join(map(quoted, value[1:-1].split(',')))}]" if is_list else quoted(value)
-    return f"{override} cannot be read: quote its value, {shlex.quote(f'{field}={fixed}')}"
+    return f"{argument} cannot be read: quote its value, {shlex.quote(f'{field}={fixed}')}"
 
 
 def _recipes_with(group: str, option: str) -> list[str]:

@@ -5,12 +5,14 @@ overrides of the command line are rewritten before Hydra reads them: text that H
 such a value is refused, because the file can be corrected.
 """
 
+import os
 import re
 import shlex
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
+from itertools import combinations, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moco.config import ConfigError, config_dir, require
+from moco.config.quoting import override, quoted
 from moco.config.types import members, type_error
-from moco.runtime.next_command import quoted
 
 # Hydra's functions: `extend_list` returns a list, the others return a sweep or convert a value to another type.
 _FUNCTION = re.compile(
@@ -61,27 +63,74 @@ def keep_text(arguments: Sequence[str], types: Mapping[str, Any]) -> list[str]:
     sweep = "--multirun" in arguments or "-m" in arguments
     for each in arguments:
         _refuse_copied(each)
+    _refuse_divided_by_shell(arguments, types)
     return [each if each.startswith("-") else _override(each, types, sweep) for each in arguments]
 
 
-def _override(override: str, types: Mapping[str, Any], sweep: bool) -> str:
-    key, equals, value = override.partition("=")
+def _override(argument: str, types: Mapping[str, Any], sweep: bool) -> str:
+    key, equals, value = argument.partition("=")
     name = key.lstrip("+").partition("@")[0]
     kind = types.get(name, str)
     is_group = bool(re.fullmatch(r"\w+", name)) and Path(config_dir(), name).is_dir()
     group = is_group and (kind is str or is_dataclass(kind))
     if equals and not name:
-        raise ConfigError(f"{override} cannot be read: write field=value, without spaces around the =")
+        raise ConfigError(f"{argument} cannot be read: write field=value, without spaces around the =")
     if not equals or key.startswith("~") or not (group or name in types):
-        return override
+        return argument
     kind = str if group else kind
     values = split(value)
     if len(values) > 1 and not sweep:
         _refuse_several(name, value, kind)
-        return override  # Hydra refuses it as ambiguous
+        return argument  # Hydra refuses it as ambiguous
     if len(values) == 1 and not _is_list(value):
         values = [value]  # with its spaces
     return f"{key}={','.join(_value(name, each, kind, group, sweep) for each in values)}"
+
+
+def _refuse_divided_by_shell(arguments: Sequence[str], types: Mapping[str, Any]) -> None:
+    """Refuse words after field=value that can belong to its value: outside quotes, a shell divides it at spaces."""
+    for i, argument in enumerate(arguments, start=1):
+        name, _, value = argument.partition("=")
+        kinds = members(types.get(name.lstrip("+"), Any))
+        words = list(takewhile(lambda word: "=" not in word and not re.match(r"-+\w|~", word), arguments[i:]))
+        whole, is_list = " ".join([value, *words]), value.startswith("[") and not value.endswith("]")
+        if not (words and value) or not (is_list or {str, list[str]} & {*kinds}):
+            continue
+        if not is_list and _exists(words[0]) and not _exists(whole):
+            continue  # a path without its field
+        if list[str] in kinds:
+            fix = override(name, [_plain(each) for each in split(whole[1:-1])] if _is_list(whole) else [whole])
+        else:
+            fix = shlex.quote(f"{name}={whole}") if is_list else override(name, whole)
+        raise ConfigError(
+            f"{words[0]} cannot be read: if it belongs to {argument}, quote the whole argument because of its spaces, "
+            f"{fix}; otherwise write field=value, without spaces around the ="
+        )
+
+
+def _refuse_divided_path(name: str, value: str) -> None:
+    """Refuse a list of texts if a comma of it belongs to the path of an existing file or folder."""
+    parts = value.strip()[1:-1].split(",")
+    if len(parts) > 50 or re.search(r"""["'\[\]{}\\]""", value.strip()[1:-1]):
+        return
+    for start, end in combinations(range(len(parts) + 1), 2):
+        path = ",".join(parts[start:end]).strip()
+        if end - start > 1 and _exists(path) and not _exists(parts[start].strip()):
+            entries = [*map(str.strip, parts[:start]), path, *map(str.strip, parts[end:])]
+            raise ConfigError(
+                f"{name}={value}: a comma separates the entries of a list, but {path} is one path: put it in quotes, "
+                f"{override(name, entries)}"
+            )
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(os.path.expanduser(path))  # noqa: PTH110, PTH111  # pathlib raises errors for some texts
+
+
+def _plain(value: str) -> str:
+    """Return the characters of one text: without its quotes, if it is quoted."""
+    parsed = _parse(value)
+    return parsed.text if isinstance(parsed, QuotedString) else value
 
 
 def _refuse_copied(argument: str) -> None:
@@ -91,7 +140,8 @@ def _refuse_copied(argument: str) -> None:
     if found is None:
         return
     name = unicodedata.name(found[0], "").lower()
-    text = "" if found.start() <= len(key) else f", or write {shlex.quote(f'{key}={quoted(value)}')} for this text"
+    is_text = found.start() > len(key) and not value.startswith("[")
+    text = f", or write {shlex.quote(f'{key}={quoted(value)}')} for this text" * is_text
     raise ConfigError(
         f"{argument} contains the character U+{ord(found[0]):04X} ({name}), which copying from a document brings in: "
         f"type the quotes, dashes and spaces of the command yourself{text}"
@@ -99,7 +149,11 @@ def _refuse_copied(argument: str) -> None:
 
 
 def _refuse_several(name: str, value: str, kind: Any) -> None:
-    """Refuse several values, separated by commas, for a field of one number or boolean, if there is no --multirun."""
+    """Refuse several values, separated by commas, if there is no --multirun; of other types, Hydra refuses them."""
+    texts = [_plain(each) for each in split(value)]
+    if list[str] in members(kind):
+        one = f"or, for one entry with a comma, {override(name, [value])}"
+        raise ConfigError(f"{name}={value} must be a list: write {override(name, texts)}, {one}")
     if not {int, float, bool} & {*members(kind)}:
         return
     number = float in members(kind) and re.fullmatch(r"([+-]?\d+),(\d+(?:[eE][+-]?\d+)?)", value.strip())
@@ -111,11 +165,17 @@ def _value(name: str, value: str, kind: Any, group: bool, sweep: bool) -> str:
     """Return one value of an override, quoted if needed."""
     kinds = members(kind)
     if list[str] in kinds and _is_list(value):
-        return f"[{','.join(_text(name, each, optional=False, sweep=False) for each in split(value.strip()[1:-1]))}]"
+        _refuse_divided_path(name, value)
+        texts = split(value.strip()[1:-1])
+        return f"[{','.join(_text(name, each, optional=False, sweep=False, in_list=True) for each in texts)}]"
     if str in kinds:
         return value if group and _is_list(value) else _text(name, value, type(None) in kinds, sweep)
     parsed = _parse(value)
-    if isinstance(parsed, _Unreadable):
+    is_text = isinstance(parsed, _Unreadable | str | QuotedString) and value.strip()[:1] not in {"[", "{"}
+    if list[str] in kinds and is_text:
+        refers = isinstance(parsed, str) and "${" in parsed
+        require(refers, f"{name}={value} must be a list: {override(name, [_plain(value)])}")
+    elif isinstance(parsed, _Unreadable):
         error = type_error(name, _parts(value) if _is_list(value) else value, kind, value, exact=True)
         require(not error, error)
     elif not isinstance(parsed, Sweep) and not (isinstance(parsed, str) and "${" in parsed):
@@ -130,10 +190,11 @@ def _parts(value: str) -> list[Any]:
     return [text if isinstance(parsed := _parse(text), _Unreadable) else parsed for text in texts]
 
 
-def _text(name: str, value: str, optional: bool, sweep: bool) -> str:
+def _text(name: str, value: str, optional: bool, sweep: bool, in_list: bool = False) -> str:
     """Return a value of a text field, quoted unless Hydra reads exactly these characters."""
     parsed = _parse(value)
-    fix = f"write {shlex.quote(f'{name}={quoted(value)}')} for this text"
+    whole = f"[{quoted(value)}]" if in_list else quoted(value)
+    fix = f"write {shlex.quote(f'{name}={whole}')} for this text"
     if isinstance(parsed, QuotedString):
         _refuse_reference(name, parsed.text)
         return value
@@ -174,11 +235,11 @@ def _exact(sweep: Sweep) -> bool:
 def _parse(value: str) -> Any:
     """Return what Hydra reads: text, a `QuotedString`, a number, a list, a `Sweep`, ..., or `_Unreadable`."""
     try:
-        override = OverridesParser.create().parse_override(f"x={value}")
+        parsed = OverridesParser.create().parse_override(f"x={value}")
     except HydraException:
         return _Unreadable()
-    assert override.type is OverrideType.CHANGE
-    return override._value
+    assert parsed.type is OverrideType.CHANGE
+    return parsed._value
 
 
 def split(text: str) -> list[str]:

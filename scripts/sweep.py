@@ -25,11 +25,11 @@ from typing import Any
 
 from moco.composition import compose_overrides
 from moco.config import TrainConfig, check
+from moco.config.quoting import override
 from moco.files import check_writable
 from moco.overrides import split
 from moco.runs.metrics import read_metrics
 from moco.runs.sweep import is_finished, run_to_end
-from moco.runtime.next_command import override
 from moco.runtime.stdio import protected_streams
 
 

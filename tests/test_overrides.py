@@ -20,8 +20,8 @@ from omegaconf.errors import InterpolationKeyError
 
 from moco import composition
 from moco.config import ConfigError, config_dir
+from moco.config.quoting import quoted
 from moco.overrides import keep_text, split
-from moco.runtime.next_command import quoted
 
 COMMANDS = sorted(path.stem for path in Path(config_dir()).glob("*.yaml"))
 HARD = (
@@ -107,6 +107,70 @@ def test_all_text_fields_of_a_command_keep_their_characters(name: str) -> None:
     assert {field: of(config, field) for field in fields} == {
         field: text[1:-1] if quotes_of(text) else text for field, text in texts.items()
     }
+
+
+SPACES = {
+    ("data.root=My", "Photos"): "My Photos",
+    ("data.root=My", "Photos", "-", "2024"): "My Photos - 2024",
+    ("data.root=Familie,", "Freunde"): "Familie, Freunde",
+    ("names=[My", "Photos/klein", "8.jpg]"): ["My Photos/klein 8.jpg"],
+    ("names=[a.jpg,", "b", "c.jpg]"): ["a.jpg", "b c.jpg"],
+    ("names=My", "Photos"): ["My Photos"],
+    ("sizes=[0.2,", "1]"): [0.2, 1],
+}
+FIELDS = {"data.root": str, "names": list[str], "sizes": list[float], "epochs": int}
+
+
+@pytest.mark.parametrize(("words", "value"), SPACES.items())
+def test_an_argument_that_the_shell_divided_is_quoted_in_the_message(words: tuple[str, ...], value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"quote the whole argument") as caught:
+        keep_text(["epochs=2", *words, "epochs=3"], FIELDS)
+    fix = re.search(r"because of its spaces, (.*); otherwise", str(caught.value))
+    assert fix is not None
+    assert str(caught.value).startswith(f"{words[1]} cannot be read")
+    (argument,) = shlex.split(fix[1])
+    assert OverridesParser.create().parse_override(keep_text([argument], FIELDS)[0]).value() == value
+
+
+@pytest.mark.parametrize(
+    "arguments", [["epochs=2", "runs"], ["data.root=", "a"], ["data.root=a", "--cfg", "job"], ["data.root=a", "~b"]]
+)
+def test_other_words_are_left_to_hydra(arguments: list[str]) -> None:
+    assert keep_text(arguments, FIELDS) == arguments
+
+
+def test_a_path_without_its_field_is_left_to_hydra(tmp_path: Path) -> None:
+    assert keep_text(["data.root=a", str(tmp_path)], FIELDS) == ["data.root=a", str(tmp_path)]
+
+
+@pytest.mark.parametrize("text", ["a.jpg", "My Photos/klein 8.jpg", "Straße/写真.jpg", "a'b", "${HOME", "1"])
+def test_one_text_for_a_list_is_refused_with_a_list_to_copy(text: str) -> None:
+    with pytest.raises(ConfigError, match="must be a list: ") as caught:
+        keep_text([f"names={text}"], FIELDS)
+    (argument,) = shlex.split(str(caught.value).partition("must be a list: ")[2])
+    if "$" not in text:
+        assert OverridesParser.create().parse_override(keep_text([argument], FIELDS)[0]).value() == [text]
+
+
+def test_several_texts_for_a_list_are_refused_with_lists_to_copy() -> None:
+    with pytest.raises(ConfigError, match=r"names=My Photos/a,b\.jpg must be a list: write") as caught:
+        keep_text(["names=My Photos/a,b.jpg"], FIELDS)
+    assert """'names=["My Photos/a",b.jpg]'""" in str(caught.value)
+    assert """'names=["My Photos/a,b.jpg"]'""" in str(caught.value)
+
+
+def test_a_comma_in_the_path_of_a_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("My Photos/Familie, Freunde/a,b 097.webp")
+    path.parent.mkdir(parents=True)
+    path.touch()
+    with pytest.raises(ConfigError, match="a comma separates") as caught:
+        keep_text([f"names=[x.jpg,{path},y.jpg]"], FIELDS)
+    (argument,) = shlex.split(str(caught.value).partition("in quotes, ")[2])
+    (kept,) = keep_text([argument], FIELDS)
+    assert OverridesParser.create().parse_override(kept).value() == ["x.jpg", str(path), "y.jpg"]
+    for fine in ("names=[x.jpg,y.jpg]", f'names=["{path}"]'):
+        assert keep_text([fine], FIELDS) == [fine]
 
 
 @settings(max_examples=300)
@@ -213,7 +277,7 @@ def test_fields_with_the_names_of_paths_are_paths(name: str) -> None:
         ("method: {queue_start: 3}", 'queue_start: 3 .*"3"'),
         ("run: [a, b]", "line 2: run must be text"),
         ("epochs: [1]", r"mine\.yaml: epochs=\[1\] must be an integer"),
-        ("optim: {exclude: bias}", r"optim.exclude='bias' must be a list: optim.exclude=\[bias\]"),
+        ("optim: {exclude: bias}", r"optim.exclude='bias' must be a list: 'optim.exclude=\[bias\]'"),
         ("model: 3", "model=3 must hold named values: write model.backbone=VALUE"),
         ('run: "a', r"mine\.yaml is not valid YAML"),
         ("- a", r"mine\.yaml must hold lines of the form field: value"),
@@ -239,6 +303,7 @@ def test_a_recipe_in_quotes_is_read(tmp_path: Path) -> None:
         ("“run=r”", "“run=r” contains the character U+201C (left double quotation mark)"),
         ("run=“r”", "run=“r” contains the character U+201C (left double quotation mark)"),
         ("runs=[a,‘b’]", "runs=[a,‘b’] contains the character U+2018"),
+        ("runs=[null]", "runs=null must be text: leave it out, or write 'runs=[\"null\"]' for this text"),
         ("–help", "–help contains the character U+2013 (en dash)"),
         ("epochs=1\u00a0", "epochs=1\u00a0 contains the character U+00A0 (no-break space)"),
         ("data.root=\u202aC:/x", "data.root=\u202aC:/x contains the character U+202A"),

@@ -18,7 +18,7 @@ from moco.config.types import check_saved, type_error
         ("3", int, ""),  # OmegaConf converts it
         ([1], float, "a=[1] must be a number"),
         ({}, bool, "a={} must be true or false"),
-        (3, list[int], "a=3 must be a list: a=[3]"),
+        (3, list[int], "a=3 must be a list: 'a=[3]'"),
         (None, list[int], "a=None must be a list"),
         ([[1]], list[int], "a[0]=[1] must be an integer"),
         ([1], list[float] | None, ""),

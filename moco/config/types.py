@@ -1,11 +1,13 @@
 """Check the types of values from a command line, a YAML file or another file. An error is one sentence."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_origin
 
 from moco.config.base import check_bounds, require
 from moco.config.data import DataConfig
+from moco.config.quoting import value_text
 from moco.config.train import TrainConfig
 
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
@@ -44,7 +46,8 @@ def type_error(name: str, value: Any, kind: Any, text: str = "", exact: bool = F
             inner = [(f"{name}.{key}".lstrip("."), value[key], schema[key]) for key in schema if key in value]
     elif (get_origin(one) or one) is list:
         if not isinstance(value, list | tuple):
-            return f"{shown} must be a list{f': {name}=[{text or value}]' if _is_scalar(value) and not exact else ''}"
+            fix = shlex.quote(f"{name}=[{text or value_text(value)}]") if _is_scalar(value) and not exact else ""
+            return f"{shown} must be a list{fix and f': {fix}'}"
         inner = [(f"{name}[{i}]", each, (*get_args(one), Any)[0]) for i, each in enumerate(value)]
     elif not (_has_type(value, one) if exact else _is_scalar(value)):
         return f"{shown} must be {_NAMES.get(one, one.__name__)}"

@@ -10,6 +10,7 @@ Legend: N images.
 
 import csv
 import difflib
+import itertools
 import posixpath
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moco.config.base import RunWarning, optional_module
+from moco.data.file_names import other_forms
 from moco.data.labels import HELD_OUT, first_names, is_missing
 from moco.distributed import is_rank_zero
 
@@ -33,7 +35,7 @@ _EMPTY_LABEL = (
 class Row(NamedTuple):
     """The label and the split of an image."""
 
-    number: int  # of its row, from 1, without the header of a CSV file
+    place: str  # such as "line 8" of a CSV file, or "row 7" of a Parquet file
     label: str | tuple[str, ...]  # a tuple of any length if images can have several labels
     split: str  # "" if the table has no such column
 
@@ -60,19 +62,19 @@ def read_label_file(file: str, separator: str = "") -> dict[str, Row]:
         raise FileNotFoundError(f"{where} {'is no file' if Path(file).exists() else 'does not exist'}: check the path")
     read = _parquet_rows if file.lower().endswith((".parquet", ".pq")) else _csv_rows
     rows: dict[str, Row] = {}
-    for number, values in enumerate(read(file, where), start=1):
-        path, *split = (_text(value, where, number) for value in (values[0], *values[2:]))
-        label = _label(values[1], separator, where, number)
-        row = Row(number, label, split[0] if split else "")
+    for place, values in read(file, where):
+        path, *split = (_text(value, where, place) for value in (values[0], *values[2:]))
+        label = _label(values[1], separator, where, place)
+        row = Row(place, label, split[0] if split else "")
         for column, text in zip(COLUMNS, (path, label, *split), strict=False):
             if text == "" and not (column == "label" and row.split == UNUSED):
                 fix = _EMPTY_LABEL if column == "label" else _EMPTY
-                raise ValueError(f"{where}: row {number} has an empty {column}: {fix}")
+                raise ValueError(f"{where}: {place} has an empty {column}: {fix}")
         path = posixpath.normpath(path)
         first = rows.setdefault(path, row)
         if first[1:] != row[1:]:
             raise ValueError(
-                f"{where}: rows {first.number} and {number} give {path} different labels or splits "
+                f"{where}: {first.place} and {place} give {path} different labels or splits "
                 f"({_shown(first)} and {_shown(row)}): keep one of them; several labels of an image belong in one row, "
                 "with data.label_separator"
             )
@@ -98,8 +100,10 @@ def rows_of_images(rows: dict[str, Row], images: Sequence[str], where: str, file
     Raises:
         ValueError: if the paths of the table and of the folder differ.
     """
+    image_of = other_forms(rows, images)
+    rows = {image_of.get(path, path): row for path, row in rows.items()}
     known = set(images)
-    if absent := [f"{path} (row {row.number})" for path, row in rows.items() if path not in known]:
+    if absent := [f"{path} ({row.place})" for path, row in rows.items() if path not in known]:
         raise ValueError(
             f"data.label_file={file} names {len(absent):,} image{'s' * (len(absent) > 1)} that {where} does not hold: "
             f"{first_names(absent, 3)}; write each path as it is below data.root, or remove its row"
@@ -142,7 +146,7 @@ def held_out_split(rows: Sequence[Row], train: str, held_out: str, file: str) ->
     for split, row in found.items():
         if split not in (train, held_out, "train", *HELD_OUT, UNUSED):
             raise ValueError(
-                f"data.label_file={file}: row {row.number} has the unknown split {split!r}: use train, "
+                f"data.label_file={file}: {row.place} has the unknown split {split!r}: use train, "
                 f"{', '.join(HELD_OUT)} or, for images to leave out, {UNUSED}; or name it in data.split or "
                 "data.eval_split"
             )
@@ -183,23 +187,24 @@ def _resembles(name: str) -> bool:
     return any(column in lower for column in COLUMNS) or bool(difflib.get_close_matches(lower, COLUMNS, 1, 0.75))
 
 
-def _csv_rows(file: str, where: str) -> Iterator[list[Any]]:
+def _csv_rows(file: str, where: str) -> Iterator[tuple[str, list[Any]]]:
     try:
         with Path(file).open(newline="", encoding="utf-8-sig") as lines:
             table = csv.DictReader(lines)
             columns = _columns(table.fieldnames or [], where)
-            for number, row in enumerate(table, start=1):
+            for row in table:
+                place = f"line {table.line_num}"  # its last line, if a value in quotes has several
                 if None in row:
                     raise ValueError(
-                        f"{where}: row {number} has more values than there are columns: put a value that contains a "
+                        f"{where}: {place} has more values than there are columns: put a value that contains a "
                         "comma in double quotes"
                     )
-                yield [row[name] for name in columns]
+                yield place, [row[name] for name in columns]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{where} is no CSV file in UTF-8 ({error}): save it as one, or as .parquet") from error
 
 
-def _parquet_rows(file: str, where: str) -> Iterator[list[Any]]:
+def _parquet_rows(file: str, where: str) -> Iterator[tuple[str, Sequence[Any]]]:
     parquet = optional_module("pyarrow.parquet", where, "parquet", ", or save the table as CSV")
     try:
         table = parquet.ParquetFile(file)
@@ -207,22 +212,24 @@ def _parquet_rows(file: str, where: str) -> Iterator[list[Any]]:
     except (ValueError, OSError) as error:  # pyarrow's errors derive from one of these
         raise ValueError(f"{where} is no Parquet file ({error}): save it as one, or as .csv") from error
     columns = _columns(names, where)
+    places = (f"row {number}" for number in itertools.count(1))
     for batch in table.iter_batches(columns=columns):
-        yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
+        values = zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
+        yield from ((next(places), each) for each in values)
 
 
-def _label(value: Any, separator: str, where: str, number: int) -> str | tuple[str, ...]:
+def _label(value: Any, separator: str, where: str, place: str) -> str | tuple[str, ...]:
     """Return the label of a row as text, or a tuple of labels if images can have several."""
     if isinstance(value, list):
-        each = [_text(item, where, number) for item in value]
+        each = [_text(item, where, place) for item in value]
     elif separator:
-        each = [part.strip() for part in _text(value, where, number).split(separator)]
+        each = [part.strip() for part in _text(value, where, place).split(separator)]
     else:
-        return _text(value, where, number)
+        return _text(value, where, place)
     return tuple(dict.fromkeys(part for part in each if part))
 
 
-def _text(value: Any, where: str, number: int) -> str:
+def _text(value: Any, where: str, place: str) -> str:
     """Return a value of the table as text: "" for one that means "missing", and "1" for the float 1.0 in Parquet."""
     if is_missing(value) or value == "-1":
         return ""
@@ -230,7 +237,7 @@ def _text(value: Any, where: str, number: int) -> str:
         value = int(value)
     if not isinstance(value, str | int):
         raise ValueError(
-            f"{where}: row {number} holds {value!r} ({type(value).__name__}): use one text or whole number per image"
+            f"{where}: {place} holds {value!r} ({type(value).__name__}): use one text or whole number per image"
         )
     return str(value).strip()
 

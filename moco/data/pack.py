@@ -19,6 +19,7 @@ import numpy as np
 
 from moco.config import DataConfig, require
 from moco.config.pack import PackConfig
+from moco.config.quoting import override
 from moco.config.recommended import FEW_IMAGES, recipe_for
 from moco.config.subject import SubjectConfig
 from moco.data import pack_output, shard_index
@@ -33,7 +34,7 @@ from moco.data.unreadable import refuse_many
 from moco.data.workers import in_order
 from moco.files import write_csv, write_errors, write_json
 from moco.runtime.console import duration, log_next, progress_bar, summary_panel
-from moco.runtime.next_command import command, free_run, given_fields, override, stats_command
+from moco.runtime.next_command import command, free_run, given_fields, stats_command
 from moco.runtime.output_directory import lock_directory
 
 # The recipe to train with next, by data.name.

@@ -8,8 +8,8 @@ from typing import Any
 
 from moco.config import ConfigError
 from moco.config.data import is_remote
+from moco.config.quoting import override
 from moco.data.sources import SOURCES
-from moco.runtime.next_command import override
 
 # Fields that name further files of this machine, and fields that have no meaning without those.
 _LOCAL_PATHS = {"eval_root", "more_roots", "label_file", "label_separator"}

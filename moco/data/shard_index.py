@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from moco.config.quoting import override
 from moco.config.types import type_error
 from moco.data.base import Progress
 from moco.untrusted import read_json
@@ -116,11 +117,12 @@ def _without_index(folder: Path) -> str:
     if (folder / PARTS).is_dir():
         return "is not completely packed: run the same moco.pack command again to resume"
     if any(folder.glob("*.tar")):
+        root = override("data.root", f"{folder}/NAME-{{000000..000009}}.tar")
         return (
-            f"contains tar files but no {INDEX}: stream them with data=webdataset "
-            f"'data.root={folder}/NAME-{{000000..000009}}.tar' data.length=IMAGES, or pack the images with moco.pack"
+            f"contains tar files but no {INDEX}: stream them with data=webdataset {root} data.length=IMAGES, or pack "
+            "the images with moco.pack"
         )
-    return f"contains no {INDEX}: make shards with python -m moco.pack data.root=IMAGES output={folder}"
+    return f"contains no {INDEX}: make shards with python -m moco.pack data.root=IMAGES {override('output', folder)}"
 
 
 def damaged_files(folder: Path, index: dict[str, Any], progress: Progress) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from moco.config import ConfigError, require
+from moco.data.file_names import existing_path
 from moco.data.labels import first_names
 from moco.detection.images import BoxedImage, BoxedImages
 from moco.untrusted import refuse_special_file
@@ -61,7 +62,7 @@ def read_coco(
 def _image(entry: Mapping[str, Any], root: Path, objects: Sequence[tuple[Any, ...]], masks: bool) -> BoxedImage:
     boxes, labels, crowds, segmentations = zip(*objects, strict=True) if objects else ((), (), (), ())
     return BoxedImage(
-        str(root / entry["file_name"]),
+        existing_path(str(root / entry["file_name"])),
         entry["width"],
         entry["height"],
         np.array(boxes, dtype=np.float32).reshape(-1, 4),

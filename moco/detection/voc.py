@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from moco.config import ConfigError, require
+from moco.data.file_names import existing_path
 from moco.data.labels import first_names
 from moco.detection.coco import checked_box
 from moco.detection.images import BoxedImage, BoxedImages
@@ -52,7 +53,7 @@ def _names(base: Path, split: str) -> list[str]:
 
 
 def _image(base: Path, name: str, classes: Sequence[str], drop: bool, training: bool) -> BoxedImage:
-    path = base / "Annotations" / f"{name}.xml"
+    path = Path(existing_path(str(base / "Annotations" / f"{name}.xml")))
     try:
         page = ElementTree.parse(path).getroot()
         size = int(page.findtext("size/width", "")), int(page.findtext("size/height", ""))
@@ -75,7 +76,7 @@ def _image(base: Path, name: str, classes: Sequence[str], drop: bool, training: 
             labels.append(1 + list(classes).index(kind))
             difficult.append(not training and entry.findtext("difficult", "0").strip() == "1")
     return BoxedImage(
-        str(base / "JPEGImages" / f"{name}.jpg"),
+        existing_path(str(base / "JPEGImages" / f"{name}.jpg")),
         *size,
         np.array(boxes, dtype=np.float32).reshape(-1, 4),
         np.array(labels, dtype=np.int64),

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from moco.config import ConfigError, DataConfig, RunWarning, require
 from moco.config.base import HUB
 from moco.config.data import FOLDERS, check_normalization, is_remote
+from moco.config.quoting import override
 from moco.config.recommended import crop_advice, resize_for
 from moco.config.subject import EncoderConfig, SubjectConfig
 from moco.data.duplicates import split_groups
@@ -99,7 +100,7 @@ def open_encoder(config: EncoderConfig) -> EncoderFile:
     if config.run:
         run = Path(config.run)
         if not run.is_dir():
-            weights = f", or checkpoint={run}" * run.is_file()
+            weights = f", or {override('checkpoint', run)}" * run.is_file()
             raise ConfigError(f"{no_directory_message(run)}{weights}")
         found = checkpoint.list_checkpoints(run / "checkpoints")
         if not found:
@@ -107,7 +108,7 @@ def open_encoder(config: EncoderConfig) -> EncoderFile:
         try:
             return read_encoder(found[0], config.weights)
         except ValueError as error:  # an older one is never used silently: a result must state its checkpoint
-            rest = f": use an older one, checkpoint={found[1]}" if len(found) > 1 else ""
+            rest = f": use an older one, {override('checkpoint', found[1])}" if len(found) > 1 else ""
             raise ConfigError(f"{error}{rest}") from error
     path = local_file(config.checkpoint, "checkpoint")
     if path.is_dir():

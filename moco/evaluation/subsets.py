@@ -6,7 +6,7 @@ Legend: N labeled images, L classes.
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from moco.config import ConfigError
 from moco.data.decode import read_bytes
+from moco.data.file_names import normal_form
 from moco.data.keyed import DRAW_LABELS, FEW_LABELS, HOLD_OUT, permutation
 
 Rows = NDArray[np.int64]
@@ -134,12 +135,11 @@ def listed(names: Sequence[str], wanted: Sequence[str]) -> Rows:
     if not wanted:
         raise SubsetError("the list is empty: write one file name per line")
     _refuse([name for name, count in Counter(wanted).items() if count > 1], "are listed twice", "remove one of each")
-    found: dict[str, list[int]] = {name: [] for name in wanted}
-    for row, name in enumerate(names):
-        parts = name.split("/")
-        for ending in ("/".join(parts[start:]) for start in range(len(parts))):
-            if ending in found:
-                found[ending].append(row)
+    found = _rows_by_ending(names, wanted)
+    forms = {normal_form(name): name for name, rows in found.items() if not (rows or name.isascii())}
+    if forms:  # names with letters such as ü, which Unicode can write in several forms
+        in_normal_form = _rows_by_ending([normal_form(name) for name in names], forms)
+        found |= {forms[form]: rows for form, rows in in_normal_form.items()}
     missing = [name for name, rows in found.items() if not rows]
     fix = "use the list of this data set"
     if any("\\" in name for name in missing):
@@ -153,6 +153,17 @@ def listed(names: Sequence[str], wanted: Sequence[str]) -> Rows:
     same = [names[row] for row, count in rows.items() if count > 1]
     _refuse(same, "are listed under two names", "remove one of each")
     return np.sort(np.array(list(rows), np.int64))
+
+
+def _rows_by_ending(names: Sequence[str], endings: Iterable[str]) -> dict[str, list[int]]:
+    """Return, for each ending, the rows of the paths that are equal to it or end with it after a slash."""
+    found: dict[str, list[int]] = {ending: [] for ending in endings}
+    for row, name in enumerate(names):
+        parts = name.split("/")
+        for ending in ("/".join(parts[start:]) for start in range(len(parts))):
+            if ending in found:
+                found[ending].append(row)
+    return found
 
 
 def _by_class(labels: Rows, seed: int, stream: int) -> list[Rows]:

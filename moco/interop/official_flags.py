@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from moco.config.quoting import override
 from moco.runtime.console import log, log_next
-from moco.runtime.next_command import override
 
 
 def _parser(script: str, lr: float, epochs: int, schedule: list[int], weight_decay: float) -> argparse.ArgumentParser:
@@ -93,8 +93,8 @@ def _data(flags: argparse.Namespace) -> list[str]:
     """Return the overrides of the data set and its loaders."""
     root = Path(flags.data)
     if (root / "train").is_dir() and not (root / "val").is_dir():
-        return ["data=folder", override("data.root", str(root / "train"))]  # enough for pretraining
-    return ["data=imagenet", override("data.root", str(root))]  # its error names a missing folder
+        return ["data=folder", override("data.root", root / "train")]  # enough for pretraining
+    return ["data=imagenet", override("data.root", root)]  # its error names a missing folder
 
 
 def _run(launched: Launch, module: str, overrides: list[str], flags: argparse.Namespace) -> int:

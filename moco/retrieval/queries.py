@@ -8,9 +8,11 @@ import torch
 from numpy.typing import NDArray
 
 from moco.config import DataConfig, require
+from moco.config.quoting import override
 from moco.config.search import SearchConfig
 from moco.data.base import names_digest
 from moco.data.decode import ImageError
+from moco.data.file_names import existing_path, other_forms
 from moco.data.opening import open_sources
 from moco.data.pixel_format import PixelFormat
 from moco.data.recorded import recorded_data
@@ -53,16 +55,20 @@ def query_features(config: SearchConfig, index: Embedding, device: torch.device)
     Raises:
         FileNotFoundError, ImageError: for a missing or unreadable query.
     """
-    rows = _rows_of_queries(index.images, config.query)
+    queries = [existing_path(name) for name in config.query]
+    rows = _rows_of_queries(index.images, queries)
     known, about = rows >= 0, index.about
-    for name, row in zip(config.query, rows, strict=True):
+    for name, row in zip(queries, rows, strict=True):
         if row < 0 and not Path(name).is_file():
             state = "is a folder" if Path(name).is_dir() else "does not exist"
             fix = "name an image file, or an image of the index as its table names it"
+            if len(config.query) > 1:
+                example = override("query", ["a, b.jpg"])
+                fix += f"; a comma separates entries: put a path with a comma in quotes, {example}"
             raise FileNotFoundError(f"query={name} {state}: {fix}")
     features = np.zeros((len(rows), about["dimension"]), index.images.features.dtype)
     features[known] = index.images.features[rows[known]]
-    outside = [name for name, row in zip(config.query, rows, strict=True) if row < 0]
+    outside = [name for name, row in zip(queries, rows, strict=True) if row < 0]
     if outside:
         network = build_network(_encoder(config, index), about["features"], about["normalize"], device)
         transform = EvalTransform(**about["look"])
@@ -79,6 +85,8 @@ def _rows_of_queries(images: ImageSet, queries: list[str]) -> NDArray[np.int64]:
     """Return the row in the index of each query, a file or a name in the index; -1 if it is not there."""
     positions = {str(resolved(file)): i for i, file in enumerate(queries)}
     by_name = {name: i for i, name in enumerate(queries) if not Path(name).is_file()}
+    form_of = other_forms(by_name, (images.name(row) for row in range(len(images))))
+    by_name = {form_of.get(name, name): i for name, i in by_name.items()}
     names = {Path(file).name for file in queries}
     found = np.full(len(queries), -1)
     for row, i in enumerate(images.rows):

@@ -18,6 +18,7 @@ from moco.config import require
 from moco.config.search import SearchConfig
 from moco.data.base import Source
 from moco.data.decode import ImageError
+from moco.data.file_names import existing_path
 from moco.data.keyed import SEARCH, permutation
 from moco.data.pixel_format import preview
 from moco.data.walk import IMAGE_FORMATS
@@ -114,7 +115,7 @@ def find_nearest(config: SearchConfig, index: Embedding, device: torch.device) -
     images = index.images
     if config.query:
         rows, features = query_features(config, index, device)
-        names = list(config.query)
+        names = [existing_path(name) for name in config.query]
     else:
         rows = permutation(config.seed, 0, len(images), SEARCH)[: config.sample or _SAMPLE]
         names = [images.name(int(row)) for row in rows]

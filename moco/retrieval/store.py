@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from moco.config.base import ConfigError, require
+from moco.config.quoting import override
 from moco.data.sources import Source, folders
 from moco.files import reserve, write_csv, write_json
 from moco.reporting.gallery import ImageSet
@@ -56,18 +57,16 @@ def open_embedding(folder: Path, source: Source) -> Embedding:
 def read_about(folder: Path) -> About:
     """Read features.json; raise ConfigError if the folder is not a complete output of moco.embed."""
     if folder.is_file():
-        fix = (
-            f"set index={folder.parent}"
-            if (folder.parent / ABOUT).is_file()
-            else "name the output folder of moco.embed"
-        )
+        is_output = (folder.parent / ABOUT).is_file()
+        fix = f"set {override('index', folder.parent)}" if is_output else "name the output folder of moco.embed"
         raise ConfigError(f"index={folder} is a file: {fix}")
-    require(folder.is_dir(), f"index={folder} does not exist: create it with python -m moco.embed output={folder} ...")
+    create = f"create it with python -m moco.embed {override('output', folder)} ..."
+    require(folder.is_dir(), f"index={folder} does not exist: {create}")
     if (folder / PROGRESS).exists() and not (folder / FEATURES).exists():
         raise ConfigError(f"{folder} is not complete: run the same moco.embed command again to resume")
     if not ((folder / FEATURES).is_file() and (folder / ABOUT).is_file()):
-        inside = [str(each.parent) for each in sorted(folder.glob(f"*/{FEATURES}"))]
-        fix = f", index={' or index='.join(inside)}" if inside else ""
+        inside = [override("index", each.parent) for each in sorted(folder.glob(f"*/{FEATURES}"))]
+        fix = f", {' or '.join(inside)}" if inside else ""
         raise ConfigError(f"{folder} contains no {FEATURES} of moco.embed: name the output folder of moco.embed{fix}")
     return _read(folder / ABOUT)
 
@@ -96,7 +95,7 @@ def begin(folder: Path, about: About) -> About | None:
     require(
         not others,
         f"output={folder} contains other files ({', '.join(others[:3])}): choose another folder, such as "
-        f"output={folder / 'features'}",
+        f"{override('output', folder / 'features')}",
     )
     count, dimension, dtype = about["pictures"]["count"], about["dimension"], about["dtype"]
     size, free = count * dimension * np.dtype(dtype).itemsize, shutil.disk_usage(folder).free

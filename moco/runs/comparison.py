@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from moco.config.base import flatten
 from moco.config.data import FOLDERS
-from moco.runtime.next_command import value_text
+from moco.config.quoting import value_text
 
 BASELINES = ("untrained", "pixels")
 # The fields of an entry that are part of no key.

@@ -11,6 +11,7 @@ from typing import IO, Any
 import yaml
 
 from moco.config import ConfigError, flatten, require
+from moco.config.quoting import override
 from moco.files import atomic_write, write_errors
 from moco.methods import read_method
 from moco.plugins import missing_plugins, naming_plugins
@@ -48,7 +49,7 @@ def refuse_difference(
     which = f"was made with experiment={recipe}" if recipe != config.get("recipe") and recipe else ""
     fix = f"add experiment={recipe}" if which else "restore those values"
     encoder = path / "encoder.safetensors"  # of a finished run
-    from_encoder = f" (to train longer, add init_from={encoder})" if encoder.exists() else ""
+    from_encoder = f" (to train longer, add {override('init_from', encoder)})" if encoder.exists() else ""
     raise ConfigError(
         f"run={path} {which or 'holds a run with another configuration'}: {named}. To resume it, {fix}; to start "
         f"another run, set run=DIR{from_encoder}"
@@ -144,7 +145,7 @@ def no_directory_message(path: Path, field: str = "run") -> str:
     if not path.exists():
         return f"{field}={path} does not exist: name the directory of a run, e.g. {field}=runs/digits"
     run = run_of(path)
-    fix = f"set {field}={run}" if run else "name the directory of a run"
+    fix = f"set {_setting(field, run)}" if run else "name the directory of a run"
     return f"{field}={path} is a file: {fix}"
 
 
@@ -155,34 +156,40 @@ def folder_message(path: Path, field: str) -> str:
         names = ("encoder.safetensors", "model.safetensors")
         found = [path / name for name in names if (path / name).is_file()]
         inside = [each for each in sorted(path.iterdir()) if (each / "checkpoints").is_dir()]
-        such = f"{field}={found[0]}" if found else f"run={inside[0]}" if inside and field == "checkpoint" else ""
-        return f"{problem}: name {'a run in it' if such.startswith('run=') else 'a file'}{f', {such}' if such else ''}"
+        if found:
+            return f"{problem}: name a file, {override(field, found[0])}"
+        has_run = bool(inside) and field == "checkpoint"
+        return f"{problem}: name {'a run in it, ' + override('run', inside[0]) if has_run else 'a file'}"
     checkpoints = list_checkpoints(run / "checkpoints")
     if not checkpoints:
         return f"{problem}, and {no_checkpoint_message(run)}"
     if field == "checkpoint":
-        return f"{problem}: set run={run}, or name a file"
+        return f"{problem}: set {override('run', run)}, or name a file"
     encoder = run / "encoder.safetensors"
-    return f"{problem}: name a file, such as {field}={encoder if encoder.is_file() else checkpoints[0]}"
+    return f"{problem}: name a file, such as {override(field, encoder if encoder.is_file() else checkpoints[0])}"
 
 
 def no_checkpoint_message(path: Path, field: str = "run") -> str:
     """Return the message for a directory in `field` that has no checkpoint: why, and what to do."""
     if run := run_of(path):
-        return f"{field}={path} is a folder in the directory of a run: set {field}={run}"
+        return f"{field}={path} is a folder in the directory of a run: set {_setting(field, run)}"
     if renamed := _renamed(path):
         return f"{renamed}, or set checkpoint=FILE"
     inside = [each for each in sorted(path.iterdir()) if (each / "checkpoints").is_dir()]
     if inside:
         more = f" and {len(inside) - 5:,} more" if len(inside) > 5 else ""
-        found = ", ".join(f"{field}={each}" for each in inside[:5])
+        found = ", ".join(_setting(field, each) for each in inside[:5])
         return f"{field}={path} is a folder of runs: choose one of them, {found}{more}"
     if (path / "config.yaml").is_file():
         fix = "run its command of moco.train again (config.yaml holds its settings)"
         return f"{field}={path} has no checkpoint yet: {fix}"
     if _is_usable(path):
-        return f"{field}={path} has no checkpoint: train it first, python -m moco.train run={path}"
+        return f"{field}={path} has no checkpoint: train it first, python -m moco.train {override('run', path)}"
     return f"{field}={path} holds no run of moco.train (no config.yaml): name the directory of a run"
+
+
+def _setting(field: str, run: Path) -> str:
+    return override(field, run if field == "run" else [run])  # the others are lists
 
 
 def _is_usable(path: Path) -> bool:

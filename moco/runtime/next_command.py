@@ -1,8 +1,5 @@
 """The command to run next, with the settings of the current one, ready to paste into a shell."""
 
-import json
-import re
-import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from itertools import starmap
@@ -11,11 +8,8 @@ from typing import Any
 
 from moco import plugins
 from moco.config.data import FOLDERS, DataConfig, is_remote
+from moco.config.quoting import override
 from moco.config.subject import EncoderConfig, SubjectConfig
-
-# Text that needs no quotes for Hydra to read it unchanged. (Quotes would always be correct, but they are hard to read.)
-_UNQUOTED = re.compile(r"[A-Za-z_./][A-Za-z0-9_./:@%+-]*")
-_KEYWORDS = {"true", "false", "null", "nan", "inf"}  # Hydra reads these as values
 
 
 def command(module: str, config: EncoderConfig, **changes: Any) -> str:
@@ -96,22 +90,3 @@ def changed_fields(
             yield from changed_fields(value, defaults.get(name, {}), f"{plus}{prefix}{name}.")
         elif name not in defaults or value != defaults[name]:
             yield f"{plus}{prefix}{name}", value
-
-
-def override(name: str, value: Any) -> str:
-    """Return `name=value` in the grammar of Hydra's overrides, quoted for a shell."""
-    return shlex.quote(f"{name}={value_text(value)}")
-
-
-def value_text(value: Any) -> str:
-    """Return a value in the grammar of Hydra's overrides."""
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(value_text, value))}]"
-    if isinstance(value, str):
-        return value if _UNQUOTED.fullmatch(value) and value.lower() not in _KEYWORDS else quoted(value)
-    return json.dumps(value)
-
-
-def quoted(text: str) -> str:
-    """Quote text for Hydra. Only backslashes before a quote, or at the end, are special there: they are doubled."""
-    return '"' + re.sub(r'(\\*)("|\Z)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), text) + '"'

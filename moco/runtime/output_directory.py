@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import IO
 
 from moco.config import ConfigError, require
+from moco.config.quoting import override
 from moco.files import FileLocked, WriteError, cause, check_writable, lock
 
 LOCK = ".lock"
@@ -15,7 +16,7 @@ def check_output_file(path: Path, example: str) -> None:
     Raises:
         ConfigError: if it cannot, or is a folder, for which `example` is the name of a file.
     """
-    require(not path.is_dir(), f"output={path} is a folder: name a file, e.g. output={path / example}")
+    require(not path.is_dir(), f"output={path} is a folder: name a file, e.g. {override('output', path / example)}")
     try:
         check_writable(path)
     except WriteError as error:

@@ -18,6 +18,7 @@ from torch import Tensor
 from moco.config import ConfigError, RunWarning, require
 from moco.config.segment import MasksConfig
 from moco.data.decode import ImageError, decode_bytes, read_bytes
+from moco.data.file_names import existing_path, other_forms
 from moco.data.labels import first_names
 from moco.data.walk import IMAGE_ENDINGS, IMAGE_FORMATS, walk
 from moco.data.workers import in_order
@@ -174,7 +175,8 @@ def _folder(root: Path, field: str) -> list[tuple[str, str]]:
             same = found[kind].get(name)
             require(same is None, f"{folder}: {path} and {Path(str(same)).name} have the same name: remove one")
             found[kind][name] = path
-    images, masks = found["images"], found["masks"]
+    image_of = other_forms(found["masks"], found["images"])
+    images, masks = found["images"], {image_of.get(name, name): path for name, path in found["masks"].items()}
     require(bool(images), f"{field}={root}: there are no images below {root / 'images'}")
     lacking = [name for name in images if name not in masks]
     require(
@@ -220,6 +222,7 @@ def _lines(path: Path, split: str) -> list[str]:
 
 
 def _existing(pairs: list[tuple[str, str]], split: str) -> list[tuple[str, str]]:
+    pairs = [(existing_path(image), existing_path(mask)) for image, mask in pairs]
     missing = [path for pair in pairs for path in pair if not Path(path).is_file()]
     problem = f"the split {split!r} lacks {len(missing)} files, such as {first_names(missing[:3])}"
     require(not missing, f"{problem}: add them below masks.root, or choose another split")

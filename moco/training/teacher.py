@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moco.config import ConfigError, TrainConfig, require
+from moco.config.quoting import override
 from moco.data.pixel_format import RGB, per_channel
 from moco.digest import digest
 from moco.distributed import all_gather_object
@@ -123,6 +124,7 @@ def _from_file(config: TrainConfig) -> tuple[nn.Module, Normalization]:
     require(
         len(images["mean"]) == file.channels,
         f"method.teacher={path} states no mean and std of its {file.channels} channels: write a file that does, with "
-        f"python -m moco.convert checkpoint={path} to=safetensors images.mean=[...] images.std=[...]",
+        f"python -m moco.convert {override('checkpoint', path)} to=safetensors 'images.mean=[...]' "
+        "'images.std=[...]'",
     )
     return encoder if projection else encoder.get_submodule("backbone"), (images["mean"], images["std"])

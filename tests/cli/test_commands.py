@@ -48,7 +48,7 @@ def test_the_commands_do_not_import_torch() -> None:
     ("name", "arguments", "error"),
     [
         ("knn", ["k=[0]", "run=nowhere"], "k=[0]: 0 must be at least 1"),
-        ("knn", ["k=5", "run=nowhere"], "k=5 must be a list: k=[5]"),
+        ("knn", ["k=5", "run=nowhere"], "k=5 must be a list: 'k=[5]'"),
         ("knn", ["k=5,6", "run=nowhere"], "k=5,6 is ambiguous: write a list as 'k=[5,6]'"),
         ("knn", ["half=maybe", "run=nowhere"], "half=maybe must be true or false"),
         ("knn", ["run=nowhere", "data=cifar10"], "run=nowhere does not exist"),
@@ -251,7 +251,7 @@ def test_a_folder_of_runs_is_reported_with_the_runs_in_it(run: Run, tmp_path: Pa
     for command in ("linear", "embed", "report"):
         status, _, errors = run(command, "run=runs")
         assert (status, "choose one of them, run=runs/a, run=runs/b" in errors) == (2, True), errors
-    assert "'runs=[runs/*]'" in run("choose", "runs=[runs]")[2]
+    assert """'runs=["runs/*"]'""" in run("choose", "runs=[runs]")[2]
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

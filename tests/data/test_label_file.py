@@ -1,7 +1,9 @@
 """Labels and splits from a table: CSV and Parquet agree; each mistake in a table is one sentence."""
 
 import json
+import unicodedata
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from moco.config.check_data import CheckDataConfig
 from moco.data.check import check_data
 from moco.data.opening import opening_lines
 from moco.data.sources import load_source
-from tests.data.images import gradient
+from tests.data.images import gradient, names
 
 HEADER = "path,label,split\n"
 GOOD = HEADER + "x/a.png,dog,train\n./x/b.png, cat ,train\nc.png,cat,test\nd.png,dog,val\nc.png,cat,test\n"
@@ -94,7 +96,11 @@ def test_lists_of_a_parquet_file_are_several_labels(root: Path) -> None:
     [
         (MULTI, "|", r"no row has labels separated by data.label_separator='\|': correct the separator, or"),
         (MULTI.replace("cat;dog", ""), ";", r"split=train: no image has a label"),
-        (MULTI + "c.png,owl;dog,test\n", ";", "rows 3 and 5 give c.png different labels .*owl and cat in test and owl"),
+        (
+            MULTI + "c.png,owl;dog,test\n",
+            ";",
+            "line 4 and line 6 give c.png different labels .*owl and cat in test and",
+        ),
     ],
 )
 def test_a_mistake_in_several_labels_is_reported_in_one_sentence(
@@ -228,22 +234,25 @@ def test_parquet_gives_the_same_as_csv(root: Path) -> None:
         ("", "has no column path and no column label: it is empty; name the columns"),
         (HEADER, "has no rows"),
         ("path;label\na;b\n", "has no column path .*its columns are path;label; name the columns"),
-        (GOOD + "e.png,cat,train\n", r"names 1 image that data.root=.* does not hold: e.png \(row 6\)"),
+        (GOOD + "e.png,cat,train\n", r"names 1 image that data.root=.* does not hold: e.png \(line 7\)"),
         (
             GOOD + "c.png,dog,test\n",
-            r"rows 3 and 6 give c.png different labels or splits \(cat in test and dog in test\)",
+            r"line 4 and line 7 give c.png different labels or splits \(cat in test and dog in test\)",
         ),
         (GOOD.replace("d.png,dog,val\n", ""), "has no row for 1 of the 4 images in .*: d.png; add a row.*unused"),
         (
             GOOD.replace("c.png,cat,test", "c.png,,test"),
-            "row 3 has an empty label: fill it in, or give the row the split unused; if .*label_separator",
+            "line 4 has an empty label: fill it in, or give the row the split unused; if .*label_separator",
         ),
-        (GOOD.replace("c.png,cat,test", "c.png,cat,"), "row 3 has an empty split: fill it in, or remove .* data.root$"),
+        (
+            GOOD.replace("c.png,cat,test", "c.png,cat,"),
+            "line 4 has an empty split: fill it in, .* data.root$",
+        ),
         (GOOD.replace("split", "label"), "has the columns 'label' and 'label', whose names count as the same: rename"),
         (GOOD.replace("split", " Label"), "has the columns 'label' and ' Label', whose names count"),
-        (GOOD.replace("val", "vla"), "row 4 has the unknown split 'vla': use train, test, .*, unused; or name it"),
+        (GOOD.replace("val", "vla"), "line 5 has the unknown split 'vla': use train, test, .*, unused; or name it"),
         (GOOD.replace("train", "test"), "has no row of data.split='train': its splits are test, val; correct"),
-        (GOOD.replace("dog,val", "dog,very,val"), "row 4 has more values than there are columns"),
+        (GOOD.replace("dog,val", "dog,very,val"), "line 5 has more values than there are columns"),
         (GOOD.replace("dog,train", "cat,train"), "the only label is 'cat'"),
         (GOOD.encode("utf-16"), "is no CSV file in UTF-8"),
     ],
@@ -251,6 +260,36 @@ def test_parquet_gives_the_same_as_csv(root: Path) -> None:
 def test_a_mistake_in_the_table_is_reported_in_one_sentence(root: Path, table: str | bytes, error: str) -> None:
     with pytest.raises(ValueError, match=error):
         load_source(config(root, table))
+
+
+def test_an_error_names_the_line_of_the_file(root: Path) -> None:
+    table = GOOD.replace("c.png,cat,test", "c.png,cat,").replace("x/a.png", "\n\nx/a.png")
+    with pytest.raises(ValueError, match="line 6 has an empty split"):
+        load_source(config(root, table))
+
+
+Form = Literal["NFC", "NFD"]
+
+
+@pytest.mark.parametrize(("here", "there"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_match_in_either_form_of_unicode(root: Path, here: Form, there: Form) -> None:
+    (root / "x/a.png").rename(root / "x" / unicodedata.normalize(there, "ä.png"))
+    table = GOOD.replace("a.png", unicodedata.normalize(here, "ä.png"))
+    expected = load_source(config(root, GOOD.replace("a.png", unicodedata.normalize(there, "ä.png")))).train
+    found = load_source(config(root, table)).train
+    assert names(found) == names(expected)
+    assert found.labels is not None
+    assert found.labels.tolist() == expected.labels.tolist()  # type: ignore[union-attr]
+
+
+def test_an_exact_name_goes_before_another_form(root: Path) -> None:
+    for i, form in enumerate(("ä.png", "a\u0308.png")):
+        gradient(i).save(root / form)
+    both = load_source(config(root, GOOD + "ä.png,cat,train\na\u0308.png,dog,train\n")).train
+    labels = dict(zip(names(both), both.labels.tolist(), strict=True))  # type: ignore[union-attr]
+    assert [both.classes[labels[name]] for name in ("ä.png", "a\u0308.png")] == ["cat", "dog"]
+    with pytest.raises(ValueError, match="has no row for 1 of"):
+        load_source(config(root, GOOD + "ä.png,cat,train\n"))
 
 
 @pytest.mark.parametrize("values", [{"labels": "folder"}, {"eval_root": "other"}, {"name": "cifar10"}])

@@ -16,7 +16,7 @@ from moco.data.decode import ImageError
 from moco.detection.coco import read_coco
 from moco.detection.images import check_images
 from moco.detection.opening import open_boxed
-from moco.detection.voc import VOC_CLASSES
+from moco.detection.voc import VOC_CLASSES, read_voc
 from scripts.canvases import write_canvases
 from tests.detection.examples import SQUARE, canvases, voc_object, write_json, write_voc
 
@@ -36,6 +36,21 @@ def test_boxes_have_corners_and_classes_are_numbered_by_their_ids(tmp_path: Path
     assert mask.sum() == mask[4:10, 4:12].sum() == 48
     assert len(found.with_boxes()) == 1  # the other has a crowd only
     assert found.count().tolist() == [1, 1]
+
+
+def test_images_are_found_in_either_form_of_unicode(tmp_path: Path) -> None:
+    images = [
+        {"id": each, "file_name": name, "width": 24, "height": 16} for each, name in enumerate(("\u00fc.png", "b.png"))
+    ]
+    file = write_json(tmp_path, images=images)
+    (tmp_path / "a.png").rename(tmp_path / "u\u0308.png")
+    found = read_coco(file, tmp_path, masks=False, drop=False)
+    check_images(found, 0)
+    assert Path(found.images[0].path).name == "u\u0308.png"
+    write_voc(tmp_path, "2007", "train", voc_object("cat", (1, 1, 9, 9)), name="u\u0308")
+    (tmp_path / "VOC2007/ImageSets/Main/train.txt").write_text("\u00fc\n", encoding="utf-8")
+    voc = read_voc(tmp_path, ["2007/train"], VOC_CLASSES, drop=False, training=True)
+    assert Path(voc.images[0].path).is_file()
 
 
 def test_masks_of_all_forms_are_decoded(tmp_path: Path) -> None:

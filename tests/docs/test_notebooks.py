@@ -50,6 +50,17 @@ def test_a_notebook_runs(
         assert trained > untrained + 10
 
 
+def test_the_folder_of_images_may_have_spaces_in_its_path() -> None:
+    lines = [line for each in NOTEBOOKS for code in cells(each) for line in re.findall(r"^!(.*)$", code, re.MULTILINE)]
+    with_folder = [line for line in lines if "{IMAGES}" in line]
+    assert len(with_folder) == 2
+    for line in with_folder:
+        assert "data.root=Max's Photos, 2024" in shlex.split(
+            line.format(IMAGES="Max's Photos, 2024", FITTING="epochs=1")
+        )
+    assert {each for line in lines for each in re.findall(r"\{(.*?)\}", line)} == {"IMAGES", "FITTING"}
+
+
 def test_the_notebooks_hold_no_output() -> None:
     assert len(NOTEBOOKS) == 3
     for notebook in NOTEBOOKS:

@@ -164,6 +164,14 @@ def test_a_list_matches_the_ends_of_names(wanted: list[str], rows: list[int]) ->
     assert listed(NAMES, wanted).tolist() == rows
 
 
+def test_a_list_matches_names_in_either_form_of_unicode() -> None:
+    names = ["a/u\u0308.png", "b/\u00fc.png", "b/u.png"]
+    assert listed(names, ["a/\u00fc.png", "u.png"]).tolist() == [0, 2]
+    assert listed(names, ["\u00fc.png"]).tolist() == [1]  # the same name goes before another form
+    with pytest.raises(SubsetError, match="several images"):
+        listed([*names[:2], "c/\u00fc.png"], ["\u00fc.png"])
+
+
 @pytest.mark.parametrize(
     ("wanted", "sentence"),
     [

@@ -352,9 +352,9 @@ def test_the_message_about_a_folder_of_runs_names_the_field(tmp_path: Path) -> N
     inside = tmp_path / "runs" / "a"
     (inside / "checkpoints").mkdir(parents=True)
     (inside / "metrics.jsonl").touch()
-    with pytest.raises(ConfigError, match=rf"^compare=.*/metrics\.jsonl is a file: set compare={inside}$"):
+    with pytest.raises(ConfigError, match=rf"^compare=.*/metrics\.jsonl is a file: set 'compare=\[{inside}\]'$"):
         open_run(inside / "metrics.jsonl", "compare")
-    with pytest.raises(ConfigError, match=rf"^compare=.*/runs is a folder of runs: .*, compare={inside}$"):
+    with pytest.raises(ConfigError, match=rf"^compare=.*/runs is a folder of runs: .*, 'compare=\[{inside}\]'$"):
         open_run(inside.parent, "compare")
 
 

@@ -272,6 +272,19 @@ def test_a_query_can_be_a_name_of_the_index(made: tuple[Path, Path], tmp_path: P
     assert by_file["neighbours"] == by_name["neighbours"]
 
 
+def test_a_query_is_found_in_either_form_of_unicode(made: tuple[Path, Path], tmp_path: Path) -> None:
+    (made[1] / "03.png").rename(made[1] / "u\u0308.png")
+    gradient(7).save(tmp_path / "u\u0308.png")
+    queries = ["\u00fc.png", str(made[1] / "\u00fc.png"), str(tmp_path / "\u00fc.png")]
+    search(config(made, tmp_path / "out", query=queries, k=3))
+    by_name, by_file, outside = results(tmp_path / "out", "nearest")["queries"]
+    assert by_name["neighbours"] == by_file["neighbours"]
+    assert "copy_of_03.png" in [each["path"] for each in by_name["neighbours"]]
+    assert "u\u0308.png" not in [each["path"] for each in by_name["neighbours"]]  # without itself
+    assert outside["neighbours"][0]["path"] == "07.png"
+    assert "cannot be read" not in (tmp_path / "out" / "search" / "nearest.html").read_text()
+
+
 def test_a_wrong_index_or_query_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match=rf"index={made[0]} is a file: name the output folder of moco\.embed$"):
@@ -286,6 +299,8 @@ def test_a_wrong_index_or_query_is_refused(made: tuple[Path, Path], tmp_path: Pa
         search(SearchConfig(index=str(tmp_path / "mine")))
     with pytest.raises(FileNotFoundError, match=r"query=gone.png does not exist"):
         search(config(made, out, query=["gone.png"]))
+    with pytest.raises(FileNotFoundError, match=r"query=gone does .*; a comma separates .*'query=\[\"a, b.jpg\"\]'"):
+        search(config(made, out, query=["gone", "b.png"]))
     with pytest.raises(FileNotFoundError, match=rf"query={made[1]} is a folder: name an image file"):
         search(config(made, out, query=[str(made[1])]))
     (tmp_path / "text.png").write_text("no image")

@@ -63,8 +63,11 @@ def test_a_folder_of_a_run_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     assert no_checkpoint_message(tmp_path / "run" / "checkpoints").endswith(f"set run={tmp_path / 'run'}")
     assert no_checkpoint_message(tmp_path / "run" / "checkpoints", "compare").endswith(
-        f"set compare={tmp_path / 'run'}"
+        f"set 'compare=[{tmp_path / 'run'}]'"
     )
+    (tmp_path / "My runs" / "checkpoints").mkdir(parents=True)
+    message = no_checkpoint_message(tmp_path / "My runs" / "checkpoints")
+    assert message.endswith(f"""set 'run="{tmp_path / "My runs"}"'""")
     assert str(tmp_path / "run") not in no_checkpoint_message(tmp_path / "other")
 
 

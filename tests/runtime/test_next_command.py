@@ -9,8 +9,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from moco.config.data import DataConfig
 from moco.config.knn import KnnConfig
+from moco.config.quoting import quoted
 from moco.config.subject import SubjectConfig
-from moco.runtime.next_command import command, free_run, quoted, stats_command
+from moco.runtime.next_command import command, free_run, stats_command
 
 
 def read(line: str) -> dict[str, Any]:

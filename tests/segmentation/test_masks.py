@@ -61,6 +61,14 @@ def test_held_out_images_are_no_training_images_and_copies_stay_together(tmp_pat
         assert {3, 7, 11} <= names[0] or {3, 7, 11} <= names[1]
 
 
+def test_an_image_and_its_mask_can_have_names_in_two_forms_of_unicode(tmp_path: Path) -> None:
+    folder(tmp_path, count=2)
+    for kind, name in (("images", "\u00fc.jpg"), ("masks", "u\u0308.png")):
+        (tmp_path / kind / "a" / f"1{Path(name).suffix}").rename(tmp_path / kind / "a" / name)
+    train, _ = open_masked(MasksConfig(root=str(tmp_path), eval_root=str(tmp_path)))
+    assert [Path(mask).name for _, mask in train.pairs] == ["0.png", "u\u0308.png"]
+
+
 def test_voc_lists_name_the_images_and_the_larger_masks_are_used_if_they_exist(tmp_path: Path) -> None:
     base = tmp_path / "VOCdevkit" / "VOC2012"
     for name, classes in (("2007_1", "SegmentationClass"), ("2007_2", "SegmentationClass")):
@@ -78,6 +86,11 @@ def test_voc_lists_name_the_images_and_the_larger_masks_are_used_if_they_exist(t
     assert count_classes(train, 0)[[0, 15, 20, IGNORED]].tolist() == [4, 4, 4, 8]
     with pytest.raises(ConfigError, match=r"'trainaug' is not a split .*there are train, val"):
         open_masked(MasksConfig(layout="voc", root=str(tmp_path), split="trainaug"))
+    save(base / "JPEGImages" / "u\u0308.jpg", np.zeros((4, 5, 3), np.uint8))
+    save(base / "SegmentationClass" / "u\u0308.png", np.zeros((4, 5), np.uint8), "P")
+    (lists / "umlaut.txt").write_text("\u00fc\n", encoding="utf-8")
+    assert open_masked(MasksConfig(layout="voc", root=str(tmp_path), split="umlaut"))[0].read(0)[1].shape == (4, 5)
+    (lists / "umlaut.txt").unlink()
     (lists / "val.txt").write_text("2007_3\n")
     with pytest.raises(ConfigError, match=r"the split 'val' lacks 2 files, such as .*2007_3\.jpg"):
         open_masked(MasksConfig(layout="voc", root=str(tmp_path)))

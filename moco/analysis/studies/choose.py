@@ -30,6 +30,7 @@ from moco.analysis.studies.outputs import (
 )
 from moco.config import ConfigError, require
 from moco.config.choose import ChooseConfig
+from moco.config.quoting import override
 from moco.config.subject import SubjectConfig
 from moco.data.duplicates import copies_message, count_copies
 from moco.data.recorded import fields_to_repeat
@@ -188,7 +189,7 @@ def _checkpoints(run: str) -> list[Path]:
     found = checkpoint.list_checkpoints(Path(run) / "checkpoints")
     if not found:
         if any(Path(run).glob("*/checkpoints/")):
-            raise ConfigError(f"runs: {run} has no checkpoint: name the runs in it, 'runs=[{run}/*]'")
+            raise ConfigError(f"runs: {run} has no checkpoint: name the runs in it, {override('runs', [f'{run}/*'])}")
         raise ConfigError(f"{no_checkpoint_message(Path(run), 'runs')}; or leave it out of runs")
     return found[::-1]
 

@@ -21,6 +21,7 @@ from moco.analysis.studies.figures import FIGURES, RIGHT, WRONG, draw_explanatio
 from moco.analysis.studies.measures import Run, by_temperature, measure
 from moco.analysis.studies.outputs import note_several_labels
 from moco.config import ComputeConfig, ConfigError, DataConfig, config_dir, require
+from moco.config.quoting import value_text
 from moco.config.subject import SubjectConfig
 from moco.config.temperature import TemperatureConfig
 from moco.data.opening import open_sources
@@ -28,7 +29,7 @@ from moco.data.recorded import recorded_data
 from moco.files import write_json
 from moco.runs.sweep import is_finished, run_to_end
 from moco.runtime.console import duration, log, log_next, percent, progress_bar, table
-from moco.runtime.next_command import command, value_text
+from moco.runtime.next_command import command
 from moco.runtime.preemption import PREEMPTED
 from moco.runtime.provenance import provenance
 from moco.untrusted import read_json, read_yaml

@@ -1,0 +1,56 @@
+"""Names of files that a table, a list or a person writes: Unicode has several forms of the same text.
+
+The letter ü is one character, or the letter u and a mark. macOS and some archives write the second form (NFD), editors
+and keyboards the first one (NFC).
+"""
+
+import os
+import unicodedata
+from collections.abc import Collection, Iterable
+from functools import lru_cache
+from pathlib import Path
+
+
+def other_forms(names: Collection[str], known: Iterable[str]) -> dict[str, str]:
+    """Return the known name of each name that is not known itself but in another form of Unicode.
+
+    A name with several such known names, or one known name of several such names, is left out, and so are known names
+    that also occur in `names`.
+    """
+    if all(map(str.isascii, names)):
+        return {}
+    written, known = set(names), set(known)
+    missing, free = (_by_form(each) for each in (written - known, known - written))
+    pairs = ((missing[form], free.get(form, [])) for form in missing)
+    return {here[0]: there[0] for here, there in pairs if len(here) == len(there) == 1}
+
+
+def existing_path(path: str) -> str:
+    """Return the path of a file or folder in the form of Unicode in which it exists; if it does not exist, `path`."""
+    if path.isascii() or os.path.lexists(path):
+        return path
+    folder, name = os.path.split(path)
+    folder = existing_path(folder) if folder not in ("", path) else folder
+    try:
+        entries = _entries(folder or ".", Path(folder or ".").stat().st_mtime_ns)
+    except OSError:
+        return path
+    same = entries.get(normal_form(name), [])
+    return path if len(same) != 1 else f"{folder}/{same[0]}" if folder else same[0]
+
+
+def normal_form(name: str) -> str:
+    """Return a text in Unicode's form NFC, which is the same for all forms of it."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _by_form(names: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(normal_form(name), []).append(name)
+    return found
+
+
+@lru_cache(maxsize=16)
+def _entries(folder: str, _modified: int) -> dict[str, list[str]]:
+    return _by_form(path.name for path in Path(folder).iterdir())
