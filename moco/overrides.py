@@ -80,7 +80,8 @@ def _override(argument: str, types: Mapping[str, Any], sweep: bool) -> str:
     kind = str if group else kind
     values = split(value)
     if len(values) > 1 and not sweep:
-        _refuse_several(name, value, kind)
+        if not group:
+            _refuse_several(name, value, kind)
         return argument  # Hydra refuses it as ambiguous
     if len(values) == 1 and not _is_list(value):
         values = [value]  # with its spaces
@@ -154,11 +155,14 @@ def _refuse_several(name: str, value: str, kind: Any) -> None:
     if list[str] in members(kind):
         one = f"or, for one entry with a comma, {override(name, [value])}"
         raise ConfigError(f"{name}={value} must be a list: write {override(name, texts)}, {one}")
+    jobs = "with --multirun, commas separate the values of several jobs"
+    if str in members(kind):
+        raise ConfigError(f"{name}={value} has a comma: write {override(name, value)} for this text; {jobs}")
     if not {int, float, bool} & {*members(kind)}:
         return
     number = float in members(kind) and re.fullmatch(r"([+-]?\d+),(\d+(?:[eE][+-]?\d+)?)", value.strip())
     fix = f"write a decimal point, {name}={number[1]}.{number[2]}" if number else "write one value"
-    raise ConfigError(f"{name}={value} has a comma: {fix}; with --multirun, commas separate the values of several jobs")
+    raise ConfigError(f"{name}={value} has a comma: {fix}; {jobs}")
 
 
 def _value(name: str, value: str, kind: Any, group: bool, sweep: bool) -> str:
