@@ -354,7 +354,7 @@ def show(report: dict[str, Any]) -> None:
     data, rows = report["data"], []
 
     def short(path: str) -> str:
-        """Return a path below data.root; below another folder, with the name of that folder."""
+        """Return a path relative to data.root; of an image in another folder, relative to the parent of that folder."""
         for root in filter(None, (data["root"], *data["more_roots"], data["eval_root"])):
             folder = Path(os.path.abspath(os.path.expanduser(root)))  # noqa: PTH100, PTH111 # as in `scan`
             if Path(path).is_relative_to(folder):

@@ -13,7 +13,8 @@ from moco.data.sources import SOURCES
 
 # Fields that name further files of this machine, and fields that have no meaning without those.
 _LOCAL_PATHS = {"eval_root", "more_roots", "label_file", "label_separator"}
-# Fields that only the user may set, and how often training draws images, which an evaluation never does.
+# Not taken from a file: `download` and `allow_pipe`, which only the user may set, and `weights`, which only pretraining
+# uses.
 _NEVER = {"download", "allow_pipe", "weights"}
 # Fields that a command names if it may not take them from a file, in their order.
 _REPEATED = ("root", "more_roots", "eval_root", "label_file", "label_separator")

@@ -130,7 +130,7 @@ def _set_up(config: DetectConfig, supervision: Supervision) -> Detection:
         on_rank_zero(lambda: check_images(each, config.boxes.workers, supervision.heartbeat))  # noqa: B023 # called at once
     for name, file in files.items():
         log(f"{name}: {file.source}: {file.backbone} ({file.layout}{file.trained})")
-        # Refuse a network that does not fit before the first one is trained.
+        # Report an unsuitable encoder or unsuitable anchor_sizes now, before any training.
         build_detector(file, _form(config), len(train_split.classes), seed=0, untrained=False)
     objects = int(train_split.count().sum())
     log(f"{len(train_split):,} images with {objects:,} objects for training, {len(held_out):,} images held out")

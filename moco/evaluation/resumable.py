@@ -44,9 +44,10 @@ class Supervision:
         self._saved: tuple[int, int] | tuple[()] = ()  # steps of the present training, and their total number
 
     def heartbeat(self) -> None:
-        """Report progress to the watchdog. Raise `Preempted` after a signal: everything is saved outside of steps.
+        """Report progress to the watchdog. Raise `Preempted` after a signal.
 
-        Only for code whose exception is raised on all ranks.
+        Call it only outside of training steps, when no state is left to save, and only where an exception is raised on
+        all ranks.
         """
         self.watchdog.heartbeat()
         if reason := self.preemption.signal_received():
@@ -108,7 +109,7 @@ class ResumableTraining:
         if (self.metrics / METRICS).is_file():
             with atomic_write(self.folder / CURVES) as temporary:
                 shutil.copyfile(self.metrics / METRICS, temporary)
-        else:  # of a state that was saved by an earlier version
+        else:  # an earlier version saved the state without metrics: remove the curves of another training
             (self.folder / CURVES).unlink(missing_ok=True)
 
 

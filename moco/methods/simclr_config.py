@@ -65,7 +65,8 @@ class SimCLRConfig(MethodConfig):
         )
         require(
             self.margin == 0 or self.candidates == "other_view",
-            f"method.margin={self.margin} needs the one positive of method.candidates=other_view: set it, or margin=0",
+            f"method.margin={self.margin} needs the one positive of method.candidates=other_view: set it, or "
+            "method.margin=0",
         )
         check_margin(self.margin, self.margin_kind)
 

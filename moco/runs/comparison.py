@@ -39,7 +39,8 @@ ENCODER = frozenset(
         *("initial_seed", "look"),
     ]
 )
-# The fields that an entry may lack: of earlier versions, or because its command does not use that part of the encoder.
+# The fields that an entry may lack, because an earlier version wrote it, or its command does not use that part of the
+# encoder.
 _OPTIONAL = frozenset(
     [
         *("weights", "channels", "initial_seed", "projection", "projection_sha256", "data.sha256"),
@@ -79,7 +80,9 @@ class Placed(NamedTuple):
 def placed(
     entries: Sequence[Mapping[str, Any]], shown: Callable[[Mapping[str, Any]], Any] = lambda entry: entry
 ) -> list[Placed]:
-    """Return the newest entry of each evaluation of each encoder, and names that differ for what must not be mixed.
+    """Return the newest entry of each evaluation of each encoder, with the names of its row and column.
+
+    Different rows have different names, and so do different columns.
 
     An entry of an earlier version lacks fields. If exactly one other row (or column) agrees in all fields that the
     entry has, and has no others than those in `_OPTIONAL`, the entry belongs to it; otherwise it has its own.
@@ -224,7 +227,14 @@ def _detail(name: str, fields: Mapping[str, Any]) -> str:
 def _tell_apart(
     titles: list[list[str]], part: int, details: Sequence[str], groups: Sequence[Sequence[str]] | None = None
 ) -> None:
-    """Append a detail to that part of each of several equal titles (or groups), if their details differ."""
+    """Extend several equal titles, each by its own detail, if these details differ.
+
+    Args:
+        titles: each a list of texts; changed in place.
+        part: the index of the text to which the detail is appended.
+        details: one for each title.
+        groups: one for each title; if given, titles with equal groups are extended instead of equal titles.
+    """
     for same in _equal(groups or titles):
         if len({details[i] for i in same}) > 1:
             for i in same:
@@ -232,9 +242,10 @@ def _tell_apart(
 
 
 def _tell_others_apart(titles: list[list[str]], part: int, keys: Sequence[Key]) -> None:
-    """Append which fields differ to that part of equal titles with different keys, except to the first ones.
+    """Extend equal titles with different keys: name the fields that differ from those of the first key.
 
-    A number follows if these fields have several other values. A digest is named only if nothing else differs.
+    Titles with the first key stay as they are. A number follows if these fields have several other values. A digest is
+    named only if nothing else differs. `titles` and `part`: see `_tell_apart`.
     """
     for same in _equal(titles):
         others, counts = {keys[same[0]]: ""}, Counter[str]()

@@ -11,7 +11,7 @@ from moco.distributed import process_group
 
 
 def pick_device(name: str, tf32: bool = False) -> torch.device:
-    """Return the device of this process; for "auto" a GPU if there is one.
+    """Return the device of this process; for "auto" a GPU for CUDA if there is one, else the CPU.
 
     On a GPU, float32 is IEEE single precision from here on, unless `tf32`.
 
@@ -28,7 +28,8 @@ def pick_device(name: str, tf32: bool = False) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
-    torch.backends.cudnn.benchmark = True  # the images of a command have few shapes
+    # Measures cuDNN's algorithms for each new shape. Most commands have few; moco.detect and moco.segment, many.
+    torch.backends.cudnn.benchmark = True
     set_float32_precision(tf32)
     return device
 
