@@ -83,3 +83,10 @@ def test_api_pages_name_existing_modules() -> None:
         and not (REPOSITORY / module.replace(".", "/") / "__init__.py").is_file()
     ]
     assert missing == []
+
+
+def test_the_api_page_of_the_losses_has_all_modules() -> None:
+    """moco.losses is stable as a whole, so each of its modules is documented."""
+    page = (REPOSITORY / "docs" / "api" / "losses.md").read_text(encoding="utf-8")
+    modules = {f"moco.losses.{file.stem}" for file in (REPOSITORY / "moco" / "losses").glob("[!_]*.py")}
+    assert set(re.findall(r"^::: ([\w.]+)$", page, flags=re.MULTILINE)) == modules
