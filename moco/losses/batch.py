@@ -127,7 +127,7 @@ def multi_positive_nt_xent(
     positives_mean: PositivesMean = "inside",
     decoupled: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute NT-Xent of V views in another form: one softmax over all positives, or decoupled.
+    """Compute NT-Xent of V views with the mean over the positives inside the logarithm, or decoupled.
 
     For uniform logits the loss is log(V M - 1); decoupled, log(V M - V). With positives_mean="outside" and without
     `decoupled` it is `sup_con`.

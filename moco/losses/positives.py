@@ -22,7 +22,7 @@ def cross_entropy_over_positives(
     With the logits s, the positives p of an anchor, and D = sum over its candidates of exp(s):
 
         outside:  mean over p of -log(exp(s_p) / D)       L_out of Khosla et al. (2020), Eq. 2
-        inside:   -log(mean over p of exp(s_p) / D)       L_in, Eq. 3: one softmax over all positives, at most L_out
+        inside:   -log(mean over p of exp(s_p) / D)       L_in, Eq. 3; at most L_out
 
     With one positive, both are equal. `decoupled` removes the positives from D (Yeh et al., 2022, "Decoupled
     contrastive learning", Eq. 6, which has one positive). Then the gradient does not vanish for a positive that is

@@ -60,7 +60,7 @@ class MoCoConfig(MethodConfig):
     """Leave the positives out of the denominator of the softmax (Yeh et al., 2022, decoupled contrastive learning)."""
     positives_mean: str = bounded("outside", choices=("outside", "inside"))
     """With several positives per query (labels, attract): take their mean outside the logarithm (L_out of Khosla et
-    al., 2020, Eq. 2) or inside (L_in, Eq. 3: one softmax over all positives)."""
+    al., 2020, Eq. 2) or inside (L_in, Eq. 3)."""
     switches: dict[str, Any] = field(default_factory=dict)
     """Changes of the logits by plug-ins, with their options, in this order: +method.switches.NAME.OPTION=VALUE, or
     +method.switches.NAME={} for the defaults."""

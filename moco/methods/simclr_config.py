@@ -36,7 +36,7 @@ class SimCLRConfig(MethodConfig):
     """Leave the positives out of the denominator of the softmax (Yeh et al., 2022, decoupled contrastive learning)."""
     positives_mean: str = bounded("outside", choices=("outside", "inside"))
     """With several positives per anchor (labels, or three and more views): take their mean outside the logarithm (L_out
-    of Khosla et al., 2020, Eq. 2) or inside (L_in, Eq. 3: one softmax over all positives)."""
+    of Khosla et al., 2020, Eq. 2) or inside (L_in, Eq. 3)."""
 
     def check(self, config: TrainConfig) -> None:
         """See `MethodConfig.check`."""
