@@ -1,4 +1,4 @@
-"""Hooks of mkdocs.yml: add README.md, CONTRIBUTING.md and CHANGELOG.md to the site.
+"""Hooks of mkdocs.yml: add README.md, CONTRIBUTING.md, CHANGELOG.md and LICENSE to the site.
 
 They are at the top level, where GitHub shows them, but mkdocs reads only docs/. Links between the two places are
 written for GitHub; the hooks convert them to the paths in the site.
@@ -30,10 +30,11 @@ def links_to_top_level(text: str) -> str:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the top-level pages."""
+    """Add the top-level pages and the license, to which the README links."""
     for page, name in PAGES.items():
         text = (ROOT / page).read_text(encoding="utf-8")
         files.append(File.generated(config, name, content=links_from_top_level(text)))
+    files.append(File.generated(config, "LICENSE", content=(ROOT / "LICENSE").read_text(encoding="utf-8")))
     return files
 
 

@@ -29,8 +29,8 @@ class EncoderConfig(ComputeConfig):
     """Directory of a run of moco.train. Its newest checkpoint is used."""
     checkpoint: str = bounded("", path=True)
     """A file instead of a run: a checkpoint of moco.train, encoder.safetensors, a file of another project such as
-    official MoCo, or hf://USER/REPOSITORY[@REVISION][/FILE], a file on the Hugging Face Hub (FILE is model.safetensors
-    by default)."""
+    official MoCo, or `hf://USER/REPOSITORY[@REVISION][/FILE]`, a file on the Hugging Face Hub (FILE is
+    model.safetensors by default)."""
     weights: str = bounded("encoder", choices=("encoder", "momentum_encoder"))
     """The network of the checkpoint to use: encoder, or momentum_encoder if the checkpoint holds one."""
     backbone: str | None = None

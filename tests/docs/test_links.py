@@ -26,6 +26,12 @@ def test_links_and_anchors_resolve() -> None:
     assert [each for page in pages() for each in broken_links(page)] == []
 
 
+def test_optional_parts_are_written_as_code() -> None:
+    """Markdown reads `[A][B]` in prose as a link to B, and the strict build of the site fails."""
+    found = [name_of(page) for page in pages() if "][" in re.sub(r"`[^`]*`", "", prose(page))]
+    assert found == []
+
+
 def test_named_files_exist() -> None:
     current = [page for page in pages() if page.name != "CHANGELOG.md"]  # which names removed files too
     named = [(page, name) for page in current for name in NAMED.findall(prose(page))]
