@@ -44,6 +44,7 @@ from moco.interop.encoder_file import EncoderFile
 from moco.optim.optimizers import build_optimizer
 from moco.runs.results import prepare, record
 from moco.runtime.console import log, log_next, percent, progress_bar, table
+from moco.runtime.device import many_shapes
 from moco.runtime.next_command import command
 from moco.runtime.precision import PRECISIONS
 from moco.runtime.preemption import PreemptionHandler
@@ -102,7 +103,7 @@ def evaluate_detect(config: DetectConfig, preemption: PreemptionHandler | None =
         NonFiniteLoss: if the training diverges.
         Preempted: if a signal or `config.stop_after` stopped it before its end.
     """
-    with supervised(config, preemption) as supervision:
+    with supervised(config, preemption) as supervision, many_shapes():
         run = _set_up(config, supervision)
         prepare(run.output)
         with progress_log("step", len(config.encoders) * config.seeds * config.steps) as on_step:

@@ -28,10 +28,19 @@ def pick_device(name: str, tf32: bool = False) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
-    # Measures cuDNN's algorithms for each new shape. Most commands have few; moco.detect and moco.segment, many.
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = True  # measures cuDNN's algorithms for each new shape, see `many_shapes`
     set_float32_precision(tf32)
     return device
+
+
+@contextmanager
+def many_shapes() -> Iterator[None]:
+    """Let cuDNN choose its algorithms without measuring them, for images of many shapes; also a decorator."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def set_float32_precision(tf32: bool) -> None:

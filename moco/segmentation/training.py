@@ -23,6 +23,7 @@ from moco.distributed import all_gather_object, rank, sum_over_ranks, world_size
 from moco.evaluation.finetuning import train_step
 from moco.evaluation.steps import OnStep, Schedule, run_steps
 from moco.models.modes import evaluating
+from moco.runtime.device import many_shapes
 from moco.segmentation.crop import CropDataset, CropSettings
 from moco.segmentation.masks import IGNORED, WORKERS, MaskedImages
 from moco.segmentation.measure import Overlap, overlap_of
@@ -110,7 +111,7 @@ def predict(
     The network is in eval mode meanwhile.
     """
     device = next(network.parameters()).device
-    with evaluating(network):
+    with evaluating(network), many_shapes():
         processes = min(count_processes(workers), len(rows))
         for image, mask in loaded(make_loader(_WholeImages(images, settings), processes, rows), WORKERS):
             scores = network(image[None].to(device))  # (1, L, H, W)

@@ -17,7 +17,7 @@ from moco.config.segment import SegmentConfig, check_segment
 from moco.config.temperature import TemperatureConfig, check_temperature
 from moco.config.train import check
 from moco.config.transfer import TransferConfig, check_transfer
-from moco.runtime.device import describe_device, float64_device, pick_device
+from moco.runtime.device import describe_device, float64_device, many_shapes, pick_device
 from moco.runtime.memory import OutOfMemory, explain_out_of_memory, peak_memory
 from moco.runtime.precision import pick_precision
 from moco.training.build import choose_precision
@@ -129,3 +129,10 @@ def test_a_run_starts_only_with_the_gradients_of_the_cpu(scale: float) -> None:
         return
     with pytest.raises(ConfigError, match=r"differ by 50 % from those on the CPU: set device=cpu"):
         check_gradients(config, encoder, CPU)
+
+
+def test_cudnn_measures_nothing_for_many_shapes_and_measures_again_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    with many_shapes():
+        assert not torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.benchmark
