@@ -55,7 +55,7 @@ def queue_advice(images: int, keys_per_step: int, keys_per_image: int = 1, parts
 
 
 def resize_for(size: int) -> int:
-    """Return a shorter side for images of which evaluation takes the central crop of a size, as 256 for 224."""
+    """Return the shorter side to which evaluation resizes images before a central crop of `size`: 256 for 224."""
     return size * 8 // 7
 
 

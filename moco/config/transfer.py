@@ -32,7 +32,7 @@ class TransferConfig(SubjectConfig):
     """For data without a validation split: the fraction of the training images of each class on which the strength of
     the regularization is chosen. The classifier is then trained on all training images."""
     hold_out: float = bounded(0.2, gt=0, lt=1)
-    """For a folder without test/: the fraction of each class that is held out for testing."""
+    """For a folder without train/ and test/ (or val/): the fraction of each class that is held out for testing."""
     ways: int = bounded(5, ge=2, le=1000)
     """For few_shot: classes per episode."""
     shots: int = bounded(5, ge=1)

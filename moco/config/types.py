@@ -70,11 +70,13 @@ def _short(value: Any) -> str:
 
 
 def check_saved(config: Mapping[str, Any]) -> None:
-    """Check a run's configuration, read from one of its files. Other versions have other fields and other bounds.
+    """Check a run's configuration, read from one of its files, which another version of moco may have written.
+
+    Fields may be missing or unknown. Bounds, which change between versions, are checked only for `seed` and `data`,
+    which other commands than moco.train also use.
 
     Raises:
-        ConfigError: for a value of another type than in the schema, or a value out of bounds in a field that other
-            commands than moco.train also use.
+        ConfigError: for a value of another type than in the schema, or out of these bounds.
     """
     error = type_error("", config, TrainConfig, exact=True)
     require(not error, error)

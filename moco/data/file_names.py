@@ -12,10 +12,10 @@ from pathlib import Path
 
 
 def other_forms(names: Collection[str], known: Iterable[str]) -> dict[str, str]:
-    """Return the known name of each name that is not known itself but in another form of Unicode.
+    """Return, for each name that is unknown but is known in another form of Unicode, the known name.
 
-    A name with several such known names, or one known name of several such names, is left out, and so are known names
-    that also occur in `names`.
+    Only unambiguous pairs are returned: neither a name that has several candidates, nor names that share one. A known
+    name that also occurs in `names` is no candidate.
     """
     if all(map(str.isascii, names)):
         return {}

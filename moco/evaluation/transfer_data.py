@@ -183,7 +183,7 @@ def _draw(everything: Part, training: int, test: int) -> list[Part]:
 
 
 def _open_folder(path: str, config: TransferConfig, subject: Subject) -> Splits:
-    """Open a folder with train/ and test/ (and perhaps val/), or with class folders, of which a part is held out."""
+    """Open a folder with train/ and test/ or val/ or both, or with class folders, of which a part is held out."""
     output = subject.output
     data = DataConfig(name="folder", root=path, labels="folder", channels=subject.file.channels)
     data = replace(data, dtype=config.data.dtype or "uint8")
@@ -232,5 +232,6 @@ def _refuse_missing_classes(name: str, splits: Splits) -> None:
     require(
         not len(lacking),
         f"sets={name}: the test split has no image of {first_names([classes[label] for label in lacking])}: add one or "
-        "more, or remove the class (without a test split, a part of each class is held out; one image cannot be split)",
+        "more, or remove the class (where a part of each class is held out as the test split, a class needs at least "
+        "two images)",
     )

@@ -225,7 +225,7 @@ def _duplicates_note(config: SearchConfig, sizes: Sequence[int], count: int) -> 
     if sizes[0] > max(2, count // 4):
         notes.append(
             f"One group contains {sizes[0]:,} of {count:,} images: threshold={config.threshold:g} is too low for "
-            "this encoder; choose a higher one by the numbers for several thresholds."
+            "this encoder; choose a higher one from the line 'by threshold' that the command prints."
         )
     if len(sizes) > config.show:
         notes.append(f"The gallery shows {config.show} of {len(sizes):,} groups.")
@@ -242,8 +242,8 @@ def _best_first(images: ImageSet, rows: NDArray[np.int64]) -> NDArray[np.int64]:
 def _same_thumbnail(first: Tensor | None, second: Tensor | None) -> bool:
     """Return whether no value of two images (3, H, W), scaled to 16 x 16 pixels, differs by more than 16 of 255.
 
-    On 250 photographs, this value was 76 or more for two of them, and at most 15 for a photograph and its copy at 40 %
-    of its width and height, or as a JPEG of quality 40.
+    Among 250 photographs, the largest difference was at least 76 between any two different ones, and at most 15 between
+    a photograph and its copy at 40 % of its width and height, or as a JPEG of quality 40.
     """
     if first is None or second is None:
         return False

@@ -14,7 +14,7 @@ def check_output_file(path: Path, example: str) -> None:
     """Create the folder of the file `output` and check that it can be written.
 
     Raises:
-        ConfigError: if it cannot, or is a folder, for which `example` is the name of a file.
+        ConfigError: if it cannot, or if it is a folder. The message then proposes a file in it, called `example`.
     """
     require(not path.is_dir(), f"output={path} is a folder: name a file, e.g. {override('output', path / example)}")
     try:
