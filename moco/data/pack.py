@@ -190,7 +190,7 @@ def finish(
         shards, part_entries = list[dict[str, Any]](), list[dict[str, Any]]()
         for part in map(read_part, parts[name]):
             shards += [part.shard] if part.shard else []
-            # With this entry, `rows` and `shards`, `verify` can restore the file of the part.
+            # `verify` can restore the file of the part from this entry, the file of the rows and the list of shards.
             entry = {"rows": len(part.rows), "end": part.next_image, "before": part.source_bytes}
             part_entries.append(entry | {"skipped": part.skipped})
         if not shards:
@@ -257,10 +257,10 @@ def _next(data: DataConfig, output: Path, count: int) -> str:
     reads = " ".join(starmap(override, shards.items()))
     if (data.channels, data.dtype) != (RGB.channels, RGB.dtype):
         return (
-            f"moco.train reads them with {reads}, and needs augment.mean and augment.std, one number for each channel: "
-            f"{stats_command(data)} computes them from the images in their folder"
+            f"moco.train reads these shards with {reads}, and needs augment.mean and augment.std, one number for each "
+            f"channel: {stats_command(data)} computes both from the original images"
         )
     if not recipe or (count < FEW_IMAGES and data.name not in _RECIPES):
         advice = "start from published weights, see docs/howto/own_images.md"
-        return f"too few images to train from random weights: {advice}; moco.train reads them with {reads}"
+        return f"too few images to train from random weights: {advice}; moco.train reads these shards with {reads}"
     return command("moco.train", SubjectConfig(), **recipe, **shards, run=free_run("runs/packed"))

@@ -44,7 +44,8 @@ class Step(NamedTuple):
 
     The function takes two tensors on the same device: images (N, C, S, S), float32, and uniform numbers in [0, 1),
     (N, draws). Its options are keyword arguments. It returns the changed images, of the same shape. All of its
-    randomness must come from the given numbers. RGB images of uint8 or uint16 are in 0 ... 1, others can exceed it.
+    randomness must come from the given numbers. The values of RGB images lie in 0 ... 1 if data.dtype is uint8 or
+    uint16; those of other images can lie outside.
     """
 
     function: Callable[..., Any]
@@ -275,7 +276,8 @@ def _affine_theta(u: NDArray[np.float64], view: View) -> NDArray[np.float32]:
     """Return the map of torchvision's `_get_inverse_affine_matrix` around the image center, for `ops.affine`.
 
     Returns:
-        Shape (N, 6): a, b, c, d, e, f of  x' = a x + b y + c,  y' = d x + e y + f,  in half image sides.
+        Shape (N, 6): a, b, c, d, e, f of  x' = a x + b y + c,  y' = d x + e y + f;  x and y are in pixels, x' and y'
+        in half image sides.
     """
     angle = np.radians(_between(u[:, _ANGLE], -view.degrees, view.degrees))
     shift = np.rint(_between(u[:, _SHIFT], -view.translate, view.translate) * view.size)  # (N, 2): x, y in pixels

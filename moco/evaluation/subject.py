@@ -364,10 +364,10 @@ def is_other_data(config: SubjectConfig, subject: Subject) -> bool:
 
 
 def held_out_seen(config: SubjectConfig, subject: Subject) -> bool:
-    """Return whether the encoder was trained on this data set, and the held-out images come from another split of it.
+    """Return whether the encoder was trained on this data set, and the held-out images can be among those it saw.
 
-    Another split comes from data.hold_out, or from a data.label_file if that file, data.split or data.eval_split is not
-    that of the run.
+    They can with data.hold_out, and with data.label_file if this field, data.split or data.eval_split differs from the
+    run's.
     """
     data, recorded = asdict(data_config(config, subject)), subject.file.config.get("data", {})
     splits = [

@@ -25,8 +25,8 @@ from moco.runtime.sharding import whole_weights
 from moco.training.online_probe import OnlineProbe
 
 # One entry per evaluation: "step", "epoch" and the result of the encoder, "knn" (and "probe") or "retrieval". The entry
-# of step 0 may also have the baselines "raw_pixels" and, beside "retrieval" if the encoder starts from trained weights,
-# "untrained".
+# of step 0 may also have the baseline "raw_pixels". If the run measures "retrieval" and the encoder starts from trained
+# weights, that entry has the baseline "untrained" too.
 History = list[dict[str, Any]]
 BASELINES = {"raw_pixels": "raw pixels", "untrained": "untrained", "initialized": "initialized"}
 
