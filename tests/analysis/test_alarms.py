@@ -200,6 +200,9 @@ SHORT_RUN = {  # 150 steps, a record every 10 steps, and no evaluation
         ({}, True),
         ({"retrieval/retrieval": [46.0, 48.4]}, True),  # the noise of 250 images is 6 points
         ({"retrieval/retrieval": [46.0, 60.0]}, False),
+        ({"train/contrast_accuracy": [0.2] * 16, "retrieval/retrieval": [25.0, 25.9]}, True),
+        ({"train/contrast_accuracy": [0.2] * 16, "retrieval/retrieval": [95.0, 95.9]}, False),  # it can hardly rise
+        ({"train/contrast_accuracy": [0.2] * 16, "retrieval/retrieval": [25.0, 60.0]}, False),
         ({"accuracy/knn": [58.0, 57.6]}, True),
         ({"accuracy/knn": [58.0, 65.0]}, False),
         ({"train/contrast_accuracy": [0.05] * 10 + [0.2] * 6}, False),
@@ -211,12 +214,26 @@ def test_a_short_run_that_learns_nothing(changed: dict[str, list[float]], found:
     series = SHORT_RUN | changed
     assert names(series, facts) == ["nothing learned"] * found
     assert (nothing_learned(series, facts) is not None) == found
-    if found:
-        trained = nothing_learned(series, facts._replace(starts_trained=True))
-        assert trained is not None
+    trained = nothing_learned(series, facts._replace(starts_trained=True))
+    assert (trained is not None) == (found and series["train/contrast_accuracy"][-1] < 0.1)
+    if trained:
         assert "lower optim.lr" in trained.remedy
     # With a cause, only the cause is reported.
     assert names(series, facts._replace(momentum=0.999)) == ["momentum too high"]
+
+
+@pytest.mark.parametrize(
+    ("retrieval", "found"),
+    [([25.0], False), ([25.0, 29.5], False), ([25.0, 29.5, 28.0], True), ([25.0, 29.5, 35.0], False)],
+)
+def test_before_the_end_two_evaluations_show_that_nothing_is_learned(retrieval: list[float], found: bool) -> None:
+    """A healthy run on 255 photographs had 29.5 % at its first evaluation, 34.8 % at its second, 46.2 % at its end."""
+    facts = FACTS._replace(momentum=0.994, queue_size=64, dataset_size=250, epochs=157, total_steps=1099)
+    series = {"train/epoch": [float(i) for i in range(30)], "train/contrast_accuracy": [0.08] * 30}
+    alarm = nothing_learned(series | {"retrieval/retrieval": retrieval}, facts)
+    assert (alarm is not None) == found
+    if alarm:
+        assert_found(alarm, "28.0 %", "25.0 %", "5.7 points")
 
 
 def test_a_stale_queue() -> None:

@@ -219,6 +219,7 @@ def loss_at_chance(series: Series, facts: Facts) -> Alarm | None:
 # Share of the queries that find their key. Healthy runs reach 0.15; with a short queue, chance alone is almost 0.1.
 FEW_FOUND = 0.1
 NO_GAIN_ERRORS = 2.0  # standard errors of the retrieval
+HIGH_RETRIEVAL = 90.0  # percent; above, the retrieval of a run that learns may rise by less than its noise
 EVALUATIONS = ("retrieval/retrieval", "accuracy/knn")
 
 
@@ -228,23 +229,27 @@ def nothing_learned(series: Series, facts: Facts) -> Alarm | None:
     `diagnose` runs this check only if there is no other alarm.
     """
     accuracies, epochs = series.get("train/contrast_accuracy", ()), series.get("train/epoch", ())
-    if facts.has_teacher or not accuracies or not epochs or latest(series, "train/contrast_accuracy") >= FEW_FOUND:
+    if facts.has_teacher or not accuracies or not epochs:
         return None
-    if epochs[-1] < facts.epochs and (len(accuracies) < LONG_RECORDS or epochs[-1] < LONG_EPOCHS):
+    at_end = epochs[-1] >= facts.epochs
+    if not at_end and (len(accuracies) < LONG_RECORDS or epochs[-1] < LONG_EPOCHS or _awaits_evaluation(series, 2)):
         return None
-    gains = [_gain(series, name, facts) for name in EVALUATIONS]
-    if any(gain > 0 for gain, _ in gains):  # nan, without an evaluation, is not above 0
+    gains = {name: _gain(series, name, facts) for name in EVALUATIONS}
+    if any(gain > 0 for gain, _ in gains.values()):  # nan, without an evaluation, is not above 0
         return None
-    if epochs[-1] < facts.epochs and _awaits_evaluation(series):
+    found = latest(series, "train/contrast_accuracy")
+    retrieval = series.get(EVALUATIONS[0], ())
+    should_rise = at_end and not facts.starts_trained and len(retrieval) > 1 and retrieval[-1] < HIGH_RETRIEVAL
+    if found >= FEW_FOUND and not should_rise:
         return None
-    evidence = f"only {100 * latest(series, 'train/contrast_accuracy'):.0f} % of the queries find their key"
-    evidence += "".join(f", and {text}" for gain, text in gains if not math.isnan(gain))
+    evidence = [f"only {100 * found:.0f} % of the queries find their key"] * (found < FEW_FOUND)
+    evidence += [text for gain, text in gains.values() if not math.isnan(gain)]
     better = better_momentum(facts)
     momentum = f", method.momentum={better:g}" if facts.momentum not in (None, better) else ""
     remedy = f"more epochs, twice the optim.lr{momentum}, or more images"
     if facts.starts_trained:
         remedy = "a lower optim.lr, more epochs, or the initial weights without further training"
-    return Alarm("nothing learned", evidence, remedy)
+    return Alarm("nothing learned", ", and ".join(evidence), remedy)
 
 
 def _gain(series: Series, name: str, facts: Facts) -> tuple[float, str]:
@@ -257,7 +262,8 @@ def _gain(series: Series, name: str, facts: Facts) -> tuple[float, str]:
     if name == "retrieval/retrieval":  # a share of at most 1024 images, or of one larger batch
         share = last / 100
         noise = NO_GAIN_ERRORS * 100 * math.sqrt(share * (1 - share) / min(facts.dataset_size, 1024))
-    return last - first - noise, f"{name.rpartition('/')[2]} is {last:.1f} % ({first:.1f} % before the first step)"
+    text = f"{name.rpartition('/')[2]} is {last:.1f} % ({first:.1f} % before the first step"
+    return last - first - noise, f"{text}; up to {noise:.1f} points more can be chance)"
 
 
 def _improves(series: Series, facts: Facts) -> bool:
@@ -266,9 +272,9 @@ def _improves(series: Series, facts: Facts) -> bool:
     return any(_gain(series, name, facts)[0] > 0 and each[-1] > max(each) - NO_GAIN for name, each in values.items())
 
 
-def _awaits_evaluation(series: Series) -> bool:
-    """Return whether the encoder was evaluated before the first step, but not yet after it."""
-    return any(len(series.get(name, ())) == 1 for name in EVALUATIONS)
+def _awaits_evaluation(series: Series, count: int = 1) -> bool:
+    """Return whether the encoder was evaluated before the first step, but after it not yet `count` times."""
+    return any(1 <= len(series.get(name, ())) <= count for name in EVALUATIONS)
 
 
 MAX_WAITING = 0.2  # share of the time; 0.09 on the digits, 0.05 on CIFAR-10 with a CPU
