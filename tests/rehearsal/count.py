@@ -1,8 +1,9 @@
 """Count what a step at its real size asks of a GPU: python -m tests.rehearsal.count FILE CASE
 
 CASE is a `Case` and FILE becomes its `Count`, in JSON. The process must have the environment of
-`tests.rehearsal.build` with `null`: torch, its allocator, autograd, DDP and cuDNN's front end are real, and no kernel
-computes anything. So a step of 256 images of 224 pixels takes seconds and little memory, and its measures mean nothing.
+`tests.rehearsal.build` with `null`, as in test_budgets.py: torch, its allocator, autograd, DDP and cuDNN's front end
+are real, and no kernel computes anything. So a step of 256 images of 224 pixels takes seconds and little memory, and
+its measures mean nothing.
 """
 
 import ctypes
@@ -38,6 +39,10 @@ STEPS = 24  # the last but one is counted, the last one is traced
 FIRST = 2  # from this step on, memory is allocated and kernels are compiled
 IN_MEMORY = {"cifar10": (50_000, 32)}  # images and their side
 DEVICE = torch.device("cuda", 0)
+if "STANDIN_NULL" not in os.environ:
+    sys.exit(
+        "the emulated GPU is not loaded; to count, run: python -m pytest -s -m slow tests/rehearsal/test_budgets.py"
+    )
 _LIBRARY = ctypes.CDLL(os.environ["LD_PRELOAD"])
 # What is counted: functions of the stand-in with their arguments. A call of cuDNN or cuBLAS is one launch, and so is a
 # kernel that Triton launches through the driver.

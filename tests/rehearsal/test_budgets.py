@@ -1,9 +1,10 @@
 """Budgets of steps at their real size: launches, waits, collectives and memory may fall, and never rise.
 
-A change that lowers a number lowers its budget, and the table of docs/gpu.md.
+A change that lowers a number lowers its budget, and the table of docs/gpu.md. With `-s`, pytest prints each `Count`.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import pytest
 from tests.rehearsal import build
 
 PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
+COUNT = [sys.executable, "-m", "tests.rehearsal.count"]
+COMMAND = "python -m pytest -s -m slow tests/rehearsal/test_budgets.py"  # regenerates the numbers of the page
 # Recipe and processes: launches for the views, launches of a step, waits, copies, collectives, peak memory in GiB.
 BUDGETS: dict[tuple[str, int], tuple[int, int, int, int, int, float]] = {
     ("cifar10_notebook", 1): (9, 414, 0, 9, 0, 1.53),
@@ -28,9 +31,11 @@ BUDGETS: dict[tuple[str, int], tuple[int, int, int, int, int, float]] = {
 def asked(recipe: str, processes: int, env: dict[str, str], file: Path) -> tuple[int, int, int, int, int, float]:
     """Return what a step asks for, in the order of `BUDGETS`. A process per recipe: memory may stay allocated."""
     case = {"recipe": f"{recipe} precision=bf16", "processes": processes}
-    command = [sys.executable, "-m", "tests.rehearsal.count", str(file), json.dumps(case)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        [*COUNT, str(file), json.dumps(case)], env=env, capture_output=True, text=True, timeout=280, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
+    print(file.read_text())
     count: dict[str, Any] = json.loads(file.read_text())
     batch, step = count["batch"], count["step"]
     waits, memory = batch["waits"] + step["waits"], count["peak_bytes"] / 2**30
@@ -48,6 +53,14 @@ def test_steps_stay_within_their_budgets(tmp_path: Path) -> None:
         if any(number > limit for number, limit in zip(numbers, BUDGETS[key], strict=True))
     }
     assert exceeded == {}
+
+
+def test_without_the_stand_in_the_count_names_the_command_to_use() -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("STANDIN_")}
+    done = subprocess.run(COUNT, env=env, capture_output=True, text=True, timeout=280, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert f"run: {COMMAND}" in done.stderr
+    assert f"`{COMMAND}`" in PAGE.read_text()
 
 
 def test_the_page_has_the_budgets() -> None:
