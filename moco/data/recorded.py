@@ -6,7 +6,7 @@ Nothing is downloaded, no folder is created, no command is run and no hub is con
 from collections.abc import Mapping
 from typing import Any
 
-from moco.config import ConfigError
+from moco.config import ConfigError, require
 from moco.config.data import is_remote
 from moco.config.quoting import override
 from moco.data.sources import SOURCES
@@ -42,8 +42,12 @@ def recorded_data(
         fix: what to do instead, for the error; empty: to give data.root.
 
     Raises:
-        ConfigError: if the images would have to be fetched, or lie in a folder that only an untrusted file names.
+        ConfigError: if the images would have to be fetched, or lie in a folder that only an untrusted file names; for a
+            stream, because all callers read images one by one.
     """
+    other = "set data.name=folder data.root=IMAGES, or another data set whose images can be read one by one"
+    stream = given.get("name", recorded.get("name")) == "webdataset"
+    require(not stream, f"data.name=webdataset can be read from start to end only: {other}")
     name, root = (str(recorded.get(field) or "") for field in ("name", "root"))
     never = _NEVER | (set() if trusted else _LOCAL_PATHS)
     kept = {field: value for field, value in recorded.items() if field not in never}

@@ -256,12 +256,10 @@ def open_data(config: SubjectConfig, subject: Subject) -> Sources:
     """Open the data set, labeled or not.
 
     Raises:
-        ConfigError: for a stream, whose images cannot be read one by one.
+        ConfigError: see `data_config`.
         FileNotFoundError, ValueError: see `moco.data.sources.load_source`.
     """
     data = data_config(config, subject)
-    fix = "set data.name=folder data.root=IMAGES, or another data set whose images can be read one by one"
-    require(data.name != "webdataset", f"data.name=webdataset can be read from start to end only: {fix}")
     same = data.channels == subject.file.channels
     encoder = f"{subject.file.source} takes images of {subject.file.channels} channels"
     require(same, f"data.channels={data.channels}, but {encoder}: set data.channels={subject.file.channels}")
@@ -284,7 +282,11 @@ def open_data(config: SubjectConfig, subject: Subject) -> Sources:
 
 
 def data_config(config: SubjectConfig, subject: Subject) -> DataConfig:
-    """Return the fields that the user has set; for the others, those of the run or file, or else the defaults."""
+    """Return the fields that the user has set; for the others, those of the run or file, or else the defaults.
+
+    Raises:
+        ConfigError: for a file without data, and for a stream; see also `moco.data.recorded`.
+    """
     given, source = config.data.overrides(), subject.file.source
     trusted = bool(config.run) or in_run_directory(Path(source))
     recorded = recorded_data(subject.file.config.get("data", {}), given, source, trusted)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moco.config import require
+from moco.config import ConfigError
 from moco.config.report import ReportConfig
 from moco.config.subject import SubjectConfig
 from moco.data.decode import ImageError
@@ -54,16 +54,12 @@ def compute_features(config: ReportConfig, run: Run, device: torch.device) -> Im
     data = replace(config.data, resident=bool(config.data.resident))
     encoder = SubjectConfig(checkpoint=str(run.checkpoint), data=data, images_at_once=config.images_at_once)
     subject = open_subject(encoder)
-    data_used = data_config(encoder, subject)
-    require(
-        data_used.name != "webdataset",
-        f"run={run.path} was trained on data.name=webdataset, a stream without random access to images: set "
-        "data.name=folder data.root=IMAGES, or pictures=0 for a report without images",
-    )
     try:
+        data_used = data_config(encoder, subject)
         sources = open_data(encoder, subject)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; set pictures=0 for a report without images") from error
+    except (FileNotFoundError, ConfigError) as error:
+        kind = ConfigError if isinstance(error, ConfigError) else FileNotFoundError
+        raise kind(f"{error}; or set pictures=0 for a report without images") from error
     backbone = build(subject.file).backbone.to(device)
     references = sources.bank or sources.train
     source = sources.held_out or references

@@ -8,6 +8,15 @@ from moco.config import ConfigError, DataConfig
 from moco.data.recorded import fields_to_repeat, recorded_data
 
 
+@pytest.mark.parametrize("given", [{}, {"root": "https://host/a.tar"}, {"name": "webdataset", "root": "b.tar"}])
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_stream_is_refused_before_its_address_is_asked_for(given: dict[str, Any], trusted: bool) -> None:
+    recorded = {"name": "webdataset", "root": "https://host/a.tar"}
+    with pytest.raises(ConfigError, match=r"^data\.name=webdataset can be read from start to end only: set data"):
+        recorded_data(recorded, given, "x.pt", trusted)
+    assert recorded_data(recorded, {"name": "folder", "root": "IMAGES"}, "x.pt", trusted)
+
+
 @pytest.mark.parametrize("trusted", [True, False])
 @pytest.mark.parametrize("name", ["digits", "cifar10", "folder"])
 def test_a_download_or_a_command_is_never_taken_from_a_file(name: str, trusted: bool) -> None:
@@ -40,7 +49,6 @@ def test_held_out_images_of_a_bare_file_are_used_only_if_named(trusted: bool, ev
         ({"name": "huggingface", "root": "user/images"}, {}, True, False),
         ({"name": "huggingface", "root": "user/images"}, {"root": "user/images"}, True, True),
         ({"name": "huggingface", "root": "/tmp"}, {}, True, True),  # a local folder
-        ({"name": "webdataset", "root": "https://host/a.tar"}, {}, True, False),
     ],
 )
 def test_which_images_are_used_without_being_named(
