@@ -128,7 +128,7 @@ def train_resumably(
         training: its files and its length.
         network, optimizer: on this rank; the state fits all ranks, which hold the same weights.
         train: runs the steps from the given one on, and calls the given function after each step.
-        on_step: receives a line for each step, also for those that were finished before.
+        on_step: receives a line for each step; an empty one for those that were finished before.
 
     Raises:
         Preempted: on all ranks, once the state is saved, if one of them received a signal or reached the time limit.
@@ -139,7 +139,7 @@ def train_resumably(
         log(f"{title}: {finished} ({training.state})")
         supervision.saved(start, steps)
     for _ in range(start):
-        on_step(title)
+        on_step("")
     on_all_ranks(supervision.heartbeat)
     if start < steps:
         _train(supervision, training, network, optimizer, train, on_step, start)

@@ -133,19 +133,21 @@ def training_view(
 def progress_log(description: str, total: int) -> Iterator[Callable[[str], None]]:
     """Yield a function to call with a line after each of `total` steps or epochs.
 
-    It advances a progress bar, and logs the first line, the last one, and one every 30 seconds with the time left.
+    It advances a progress bar, and logs the first line, the last one, and one every 30 seconds with the time left. A
+    step with an empty line was finished earlier: it is not logged.
     """
     start = last = time.monotonic()
-    done = 0
+    done = taken = 0
     with progress_bar(description) as bar:
 
         def on_step(line: str) -> None:
-            nonlocal last, done
+            nonlocal last, done, taken
             done += 1
+            taken += bool(line)
             bar(done, total)
-            if done in (1, total) or time.monotonic() - last > 30:
+            if line and (taken == 1 or done == total or time.monotonic() - last > 30):
                 last = time.monotonic()
-                left = duration((last - start) / done * (total - done))
+                left = duration((last - start) / taken * (total - done))
                 log(f"{description} {done}/{total} · {line} · left {left}")
 
         yield on_step

@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -136,6 +137,7 @@ def test_a_stopped_and_a_killed_training_resume_to_the_same_end(
     status, out, err = run(*arguments, "output=cut")
     assert status == 0, err
     assert "resumed at step 4" in out
+    assert re.findall(r"^step (\d)/6 · .*loss", out, re.MULTILINE) == ["5", "6"]  # no finished step
     same_end(canvases / "whole", canvases / "cut")
 
 
@@ -162,7 +164,7 @@ def test_each_reason_saves_the_step_and_a_stop_in_the_evaluation_keeps_the_train
     assert (status, "stopped by SIGTERM after step 6 of 6, which is saved" in err) == (75, True), err
     assert not list(canvases.glob("out/segment/*/network.safetensors"))
     status, out, err = run(*arguments)
-    assert (status, "already trained" in out) == (0, True), err
+    assert (status, "already trained" in out, "step 1/" in out) == (0, True, False), err
 
 
 @pytest.mark.parametrize(
