@@ -2,11 +2,11 @@
 
 All images of a data set have one depth. A depth for each image would remove differences in brightness: a dark image
 would be stretched, a bright one not. The depth follows from the highest value in a fixed sample of the images. An image
-with a higher value raises an error; it is never saturated.
+with a value that does not fit in this depth raises an error; it is never saturated.
 
-Metadata in the files is not used, because it gives no common scale: the values of a PNG are stretched to 16 bits, even
-if its chunk sBIT states fewer, and TIFF's MaxSampleValue is the highest value of that image only. A TIFF with fewer
-than 16 BitsPerSample is the exception: it has its own scale.
+Metadata in the files is not used, because it gives no common scale: by its standard, a PNG stores values stretched to
+16 bits, even if its chunk sBIT states fewer, and TIFF's MaxSampleValue is the highest value of that image only. A TIFF
+with fewer than 16 BitsPerSample is the exception: it has its own scale.
 """
 
 import contextlib

@@ -158,7 +158,7 @@ class DenseCL(nn.Module):
         update_momentum_encoder(self.momentum_encoder, self.encoder, momentum)
 
     def enqueue(self, keys: Tensor, index: Tensor) -> None:
-        """Enqueue the new keys of all ranks, (n, 2, C): those of images, and the means of their cells."""
+        """Enqueue the new keys of all ranks, given those of this rank, (n, 2, C): of images, and the means of cells."""
         index = gather(index)  # (W n,)
         for queue, k in zip((self.queue, self.dense_queue), gather(keys).unbind(1), strict=True):
             queue.enqueue(k, index)

@@ -96,7 +96,7 @@ class Distill(nn.Module):
         """Do nothing: the teacher is frozen."""
 
     def enqueue(self, keys: Tensor, index: Tensor) -> None:
-        """Enqueue the teacher's embeddings of all ranks, (n, 1, C), with their image indices, (n,)."""
+        """Enqueue the embeddings of all ranks, given those of this rank, (n, 1, C), and their image indices, (n,)."""
         assert self.queue is not None
         self.queue.enqueue(gather(keys[:, 0]), gather(index))
 

@@ -1,4 +1,4 @@
-"""MoCo v1, v2 and v2+, with labels SupMoCo: fields, checks and construction. The algorithm is in moco/builder.py."""
+"""MoCo v1, v2, v2+ and SupMoCo: fields, checks and construction. The algorithm is in moco/builder.py."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -62,8 +62,8 @@ class MoCoConfig(MethodConfig):
     """With several positives per query (labels, attract): take their mean outside the logarithm (L_out of Khosla et
     al., 2020, Eq. 2) or inside (L_in, Eq. 3)."""
     switches: dict[str, Any] = field(default_factory=dict)
-    """Changes of the logits by plug-ins, with their options, in this order: +method.switches.NAME.OPTION=VALUE, or
-    +method.switches.NAME={} for the defaults."""
+    """Changes of the logits by plug-ins, with their options; they are applied in the order in which they are given. Set
+    each by +method.switches.NAME.OPTION=VALUE, or by +method.switches.NAME={} for its defaults."""
 
     has_momentum_encoder = True
     takes_small_views = True

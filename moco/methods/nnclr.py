@@ -106,7 +106,7 @@ class NNCLR(nn.Module):
         """Do nothing: there is no momentum encoder."""
 
     def enqueue(self, keys: Tensor, index: Tensor) -> None:
-        """Enqueue the projections z1 of all ranks, (n, 1, C), with their image indices, (n,)."""
+        """Enqueue the z1 of all ranks, given those of this rank, (n, 1, C), and their image indices, (n,)."""
         self.queue.enqueue(gather(keys[:, 0]), gather(index))
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -74,5 +74,5 @@ class ReSSL(nn.Module):
         update_momentum_encoder(self.momentum_encoder, self.encoder, momentum)
 
     def enqueue(self, keys: Tensor, index: Tensor) -> None:
-        """Enqueue the keys of all ranks, (n, 1, C), with their image indices, (n,)."""
+        """Enqueue the keys of all ranks, given those of this rank, (n, 1, C), and their image indices, (n,)."""
         self.queue.enqueue(gather(keys[:, 0]), gather(index))

@@ -38,7 +38,8 @@ def open_index(config: SearchConfig) -> Embedding:
     given = config.data.overrides()
     data = recorded_data(about["data"], given, f"index={config.index}", trusted=True) | given
     with naming_plugins(f"index={config.index}", about):
-        sources = open_sources(DataConfig(**data), bank_size=0, keep_unreadable=True)  # the index has no row of them
+        # Unreadable images need not stop the search: no row of the index refers to them.
+        sources = open_sources(DataConfig(**data), bank_size=0, keep_unreadable=True)
     source = getattr(sources, about["pictures"]["split"])
     fields = "data.root and data.more_roots to the folders" if data.get("more_roots") else "data.root to the folder"
     require(
@@ -61,7 +62,7 @@ def query_features(config: SearchConfig, index: Embedding, device: torch.device)
     for name, row in zip(queries, rows, strict=True):
         if row < 0 and not Path(name).is_file():
             state = "is a folder" if Path(name).is_dir() else "does not exist"
-            fix = "name an image file, or an image of the index as its table names it"
+            fix = "name an image file, or an image of the index as in the table that moco.embed wrote"
             if len(config.query) > 1:
                 example = override("query", ["a, b.jpg"])
                 fix += f"; a comma separates entries: put a path with a comma in quotes, {example}"

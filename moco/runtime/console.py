@@ -217,7 +217,8 @@ def table(
 def _column_widths(cells: Sequence[Sequence[str]], room: int) -> list[int]:
     """Return the widths of the columns of a table, `cells` in rows, so that no word is broken.
 
-    The widest column that can shrink shrinks first, to a sum of `room`. If the longest words are wider, the sum is too.
+    The widest column that can shrink is made narrower, one character at a time, until the widths sum to `room` or each
+    column is as narrow as its longest word.
     """
     columns = list(zip(*cells, strict=True))
     widths = [max(map(cell_len, column)) for column in columns]

@@ -3,7 +3,7 @@
 --data is CIFAR-10 as a folder of images, which both keep in memory. lightly is set up as in its CIFAR-10 benchmark: its
 transform of PIL images in two loader processes, its memory bank, projection head and loss, SGD, float32. Ours is the
 loop of `moco.train` with the precision chosen for the machine. Backbone, batch, queue, head and temperature are the
-same. Here BN uses groups of 32 images. In lightly it uses the whole batch, which is cheaper.
+same. Our BN uses groups of 32 images; lightly's uses the whole batch, which is cheaper.
 """
 
 import copy

@@ -2,6 +2,7 @@
 
 All networks are in eval mode. The images are held-out ones if the data set has them, else training images. Uniformity
 and tolerance are those of plain evaluation views. Alignment compares the encoder's outputs for two augmented views.
+The push on a negative is its softmax value: the gradient of the loss with respect to its similarity, times T.
 Similarities and pushes are as in the loss: the momentum encoder makes the positive, the queue's keys are the negatives.
 
 Legend: N images, D feature dimension, C projection dimension, K negatives, B bins.
