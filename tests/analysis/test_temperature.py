@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import re
 import runpy
+import shlex
 import shutil
 import sys
 import warnings
@@ -112,6 +114,19 @@ def test_finished_runs_are_not_run_again_and_evaluations_in_the_output_stay(
     assert "2 of 2 runs" in capsys.readouterr().out
     for run, before in zip(again, study[1], strict=True):
         assert (run.knn, run.contrast, run.projection) == (before.knn, before.contrast, before.projection)
+
+
+def test_the_next_command_shows_the_figure_of_the_table(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = sweep(config(copy, images=2000))  # all held-out digits, as in moco.knn
+    (line,) = re.findall(r"^next: (.*?)  \(the highest few-label kNN", capsys.readouterr().out, re.MULTILINE)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr(warnings, "formatwarning", warnings.formatwarning)
+        patch.setattr(sys, "argv", [*shlex.split(line)[2:], "compare=[]", "device=cpu", f"output={copy}"])
+        runpy.run_module("moco.knn", run_name="__main__", alter_sys=True)
+    (entry,) = json.loads((copy / "results.json").read_text())
+    assert entry["protocol"] == "1 label a class"
+    assert entry["figures"]["top1"] == pytest.approx(max(run.knn.mean for run in runs if run.knn))
 
 
 def test_a_failing_run_is_reported_with_its_last_line_and_the_others_run(

@@ -19,7 +19,7 @@ from moco.analysis import bin_edges, explain_temperature
 from moco.analysis.studies import open_study
 from moco.analysis.studies.figures import FIGURES, RIGHT, WRONG, draw_explanation
 from moco.analysis.studies.measures import Run, by_temperature, measure
-from moco.analysis.studies.outputs import note_several_labels
+from moco.analysis.studies.outputs import VOTE_TEMPERATURE, note_several_labels
 from moco.config import ComputeConfig, ConfigError, DataConfig, config_dir, require
 from moco.config.quoting import value_text
 from moco.config.subject import SubjectConfig
@@ -95,7 +95,7 @@ def sweep(config: TemperatureConfig) -> list[Run]:
     if runs:
         _show(runs)  # before writing: the results stay visible if writing fails
         _write(config, output, runs)
-        _log_files(output, runs)
+        _log_files(config, output, runs)
     if failed:
         reasons = "; ".join(f"{folder}: {reason}" for folder, reason in failed.items())
         raise ValueError(
@@ -279,12 +279,14 @@ def _show(runs: Sequence[Run]) -> None:
     )
 
 
-def _log_files(output: Path, runs: Sequence[Run]) -> None:
+def _log_files(config: TemperatureConfig, output: Path, runs: Sequence[Run]) -> None:
     """Print the paths of the files and the next command."""
     log(f"figures: {', '.join(str(output / name) for name in FIGURES)}")
     log(f"results: {output / RESULTS}")
     with_labels = [(run.knn.mean, run) for run in runs if run.knn is not None]
     if with_labels:
         _, best = max(with_labels, key=lambda pair: pair[0])
-        knn = command("moco.knn", SubjectConfig(), run=str(best.path))
-        log_next(knn, f"the highest kNN, at T {best.temperature:g}")
+        fields = {"k": [config.k], "temperature": [VOTE_TEMPERATURE]}
+        fields |= {name: getattr(config, name) for name in ("labels_per_class", "draws")}
+        knn = command("moco.knn", SubjectConfig(), run=str(best.path), **fields)
+        log_next(knn, f"the highest few-label kNN, at T {best.temperature:g}")
