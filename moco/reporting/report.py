@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,6 +46,7 @@ def report(config: ReportConfig) -> None:
 
 def _report(config: ReportConfig, device: torch.device) -> None:
     runs = [open_run(Path(config.run)), *(open_run(Path(each), "compare") for each in config.compare)]
+    runs = [replace(run, given=config.data.overrides()) for run in runs]
     out = Path(config.output) if config.output else runs[0].path / "report.html"
     is_page = out.suffix.lower() in (".html", ".htm")
     require(is_page or out.is_dir(), f"output={out} does not end in .html: the report is an HTML page")

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Run:
     results: list[dict[str, Any]]
     checkpoint: Path | None  # the newest readable one
     state: dict[str, Any]  # of the checkpoint, without "method", "optimizer" and "scaler"; {} without a checkpoint
+    given: Mapping[str, Any] = field(default_factory=dict)  # fields of its data set that the command line sets
 
     @property
     def name(self) -> str:
@@ -85,7 +86,7 @@ class Run:
     def next_commands(self) -> list[str]:
         """Return the commands that evaluate or use its encoder."""
         data = (self.get("data.name", ""), self.get("data.root", ""))
-        return next_commands(str(self.path), *data, self.labeled, self.get("data.on_bad_image", "raise"))
+        return next_commands(str(self.path), *data, self.labeled, self.get("data.on_bad_image", "raise"), self.given)
 
 
 _LABELED = {"digits", "cifar10", "cifar100", "stl10", "imagenet"}  # data sets with labels and held-out images

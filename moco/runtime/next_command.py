@@ -26,7 +26,9 @@ def command(module: str, config: EncoderConfig, **changes: Any) -> str:
     return " ".join(["python", "-m", module, *starmap(override, changed_fields(values, defaults))])
 
 
-def next_commands(run: str, name: str, root: str, labeled: bool, on_bad_image: str = "raise") -> list[str]:
+def next_commands(
+    run: str, name: str, root: str, labeled: bool, on_bad_image: str = "raise", given: Mapping[str, Any] | None = None
+) -> list[str]:
     """Return the commands that evaluate or use the encoder of a finished run.
 
     Args:
@@ -34,13 +36,17 @@ def next_commands(run: str, name: str, root: str, labeled: bool, on_bad_image: s
         name, root: its data.name and data.root.
         labeled: whether its data set has labels and held-out images.
         on_bad_image: its data.on_bad_image; these commands have a field of their own.
+        given: fields of the data set that the present command line sets, to be repeated.
     """
-    images = named_images(name, root) | ({"on_bad_image": "skip"} if on_bad_image == "replace" else {})
+    repeated = given or {}
+    name, root = repeated.get("name", name), repeated.get("root", root)
+    images = named_images(name, root) | {f"data.{field}": value for field, value in repeated.items()}
+    images |= {"on_bad_image": "skip"} if on_bad_image == "replace" else {}
     if labeled:
         return [command("moco.linear", SubjectConfig(), run=run, **images)]
     features = f"{run}/features"
     embed = command("moco.embed", SubjectConfig(), run=run, **images, output=features)
-    of_index = {} if "data.name" in images else {name: each for name, each in images.items() if name == "data.root"}
+    of_index = named_images(name, root) if name != "webdataset" else {}
     return [embed, command("moco.search", SubjectConfig(), index=features, **of_index, sample=8)]
 
 

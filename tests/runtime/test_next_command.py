@@ -11,7 +11,7 @@ from moco.config.data import DataConfig
 from moco.config.knn import KnnConfig
 from moco.config.quoting import quoted
 from moco.config.subject import SubjectConfig
-from moco.runtime.next_command import command, free_run, stats_command
+from moco.runtime.next_command import command, free_run, next_commands, stats_command
 
 
 def read(line: str) -> dict[str, Any]:
@@ -26,6 +26,23 @@ def test_defaults_and_fields_of_other_commands_are_left_out() -> None:
     assert command("moco.linear", KnnConfig(run="runs/digits", k=[7], half=True)) == (
         "python -m moco.linear run=runs/digits"
     )
+
+
+def test_the_next_commands_repeat_the_images_that_the_command_line_names() -> None:
+    stream = ("runs/tar", "webdataset", "https://host/a.tar")
+    embed, search = next_commands(*stream, labeled=False)
+    assert read(embed)["data.root"] == "YOUR_IMAGES"
+    embed, search = next_commands(*stream, labeled=False, given={"name": "folder", "root": "my images"})
+    assert read(embed) == {
+        "run": "runs/tar",
+        "data.name": "folder",
+        "data.root": "my images",
+        "output": "runs/tar/features",
+    }
+    assert read(search) == {"index": "runs/tar/features", "sample": 8}
+    embed, search = next_commands("runs/hub", "folder", "IMAGES", False, given={"name": "huggingface", "root": "a/b"})
+    assert (read(embed)["data.name"], read(embed)["data.root"]) == ("huggingface", "a/b")
+    assert read(search)["data.root"] == "a/b"
 
 
 def test_all_changed_fields_are_kept() -> None:
