@@ -264,7 +264,7 @@ def test_moved_or_missing_images(tmp_path: Path) -> None:
     moved = images(tmp_path / "moved", count=6)
     report(config(made, data=SubjectDataConfig(root=str(moved))))
     assert "6 training images" in page(made / "report.html")[0]
-    assert f"moco.embed run={made} data.root={moved} output=" in page(made / "report.html")[0]
+    assert f"output={made}/features data.root={moved}" in page(made / "report.html")[0]
 
 
 @pytest.mark.parametrize(
