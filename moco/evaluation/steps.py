@@ -62,7 +62,7 @@ def run_steps(
     Args:
         batches: of this rank; the same number on every rank.
         step_of: trains on a batch, given also the step and its lr; returns the loss and the norm of the gradient.
-        optimizer: its weight decay is named in errors.
+        optimizer: its weight decay is named in errors, and a factor of the head's learning rate above 1.
         schedule: the learning rates.
         seed: see `seed_step`.
         start: finished steps.
@@ -80,7 +80,9 @@ def run_steps(
             loss, norm = step_of(batch, step, lr)
         except NonFiniteLoss as error:
             decay = max(group["weight_decay"] for group in optimizer.param_groups)
-            fix = f"lower lr={schedule.lr:g} or weight_decay={decay:g}, or increase warmup"
+            scale = max(group["lr_scale"] for group in optimizer.param_groups)  # above 1 only in the head
+            head = f", head_lr_factor={scale:g}" if scale > 1 else ""
+            fix = f"lower lr={schedule.lr:g}{head} or weight_decay={decay:g}, or increase warmup"
             raise NonFiniteLoss(f"step {step + 1} of {schedule.steps} has {error} at lr {lr:.3g}: {fix}") from error
         on_step(Step(step + 1, loss, norm, lr, began, arrived))
         began = time.perf_counter()

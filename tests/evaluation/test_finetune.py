@@ -286,6 +286,7 @@ def test_the_batch_must_be_shared_evenly() -> None:
         ({"subset_list": "/nowhere/list.txt"}, FileNotFoundError, "subset_list=/nowhere/list.txt does not exist"),
         ({"options": {"width": 5}}, ForeignFileError, "does not fit backbone=convnet"),
         ({"lr": 1e30, "min_steps": 20}, NonFiniteLoss, "step .* of 20 .*loss .*lr=1e.30"),
+        ({"head_lr_factor": 1e30, "min_steps": 20}, NonFiniteLoss, "step .* of 20 .*head_lr_factor=1e.30"),
         (
             {"data": SubjectDataConfig(name="folder", root="/nowhere", labels="folder")},
             FileNotFoundError,
