@@ -5,13 +5,14 @@ Every error is a sentence that begins with the name of the file.
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 
-from moco.config import ConfigError, require
+from moco.config import ConfigError, RunWarning, require
 from moco.data.file_names import existing_path
 from moco.data.labels import first_names
 from moco.detection.images import BoxedImage, BoxedImages
@@ -55,6 +56,8 @@ def read_coco(
             crowd = entry.get("iscrowd", 0) in (1, True)
             mask = _segmentation(where, entry, images[image]) if masks else None
             objects[image].append((box, numbers[category], crowd, mask))
+    kept = sum(map(len, objects.values()))
+    warn_of_dropped(f"{file}: ", kept, len(annotations), "; a box must be [left, top, width, height]")
     found = tuple(_image(images[each], root, objects[each], masks) for each in images)
     return BoxedImages(found, names)
 
@@ -171,6 +174,14 @@ def checked_box(
         fix = "correct it, or leave such boxes out with boxes.bad_boxes=drop"
         raise ConfigError(f"{where} {beyond if outside and not empty else 'has no area'}: {fix}")
     return None
+
+
+def warn_of_dropped(where: str, kept: int, total: int, hint: str = "") -> None:
+    """Warn of boxes that were left out, if there are any."""
+    if kept < total:
+        text = f"boxes.bad_boxes=drop leaves out {total - kept:,} of {total:,} boxes"
+        why = f"they have no area or reach outside their image{hint}"
+        warnings.warn(f"{where}{text}: {why}", RunWarning, stacklevel=3)
 
 
 def _is_number(value: Any) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from moco.config import ConfigError, require
 from moco.data.file_names import existing_path
 from moco.data.labels import first_names
-from moco.detection.coco import checked_box
+from moco.detection.coco import checked_box, warn_of_dropped
 from moco.detection.images import BoxedImage, BoxedImages
 
 VOC_CLASSES = (
@@ -32,7 +32,7 @@ def read_voc(root: Path, splits: Sequence[str], classes: Sequence[str], drop: bo
     Raises:
         ConfigError: for missing or damaged files, an unknown class, and a box without an area or outside of its image.
     """
-    images = []
+    images, objects = [], 0
     for split in splits:
         year, _, name = split.rpartition("/")
         places = [root / f"VOC{year}", root / "VOCdevkit" / f"VOC{year}"] if year else [root]
@@ -40,7 +40,11 @@ def read_voc(root: Path, splits: Sequence[str], classes: Sequence[str], drop: bo
         if base is None:
             fix = "set boxes.root, or name the splits with boxes.split and boxes.eval_split (YEAR/NAME, or NAME)"
             raise ConfigError(f"boxes.root={root}: there is no folder {places[0] / 'JPEGImages'}: {fix}")
-        images += [_image(base, each, classes, drop, training) for each in _names(base, name)]
+        for each in _names(base, name):
+            image, count = _image(base, each, classes, drop, training)
+            images.append(image)
+            objects += count
+    warn_of_dropped("", sum(len(each.labels) for each in images), objects)
     return BoxedImages(tuple(images), tuple(classes))
 
 
@@ -52,7 +56,8 @@ def _names(base: Path, split: str) -> list[str]:
     return names
 
 
-def _image(base: Path, name: str, classes: Sequence[str], drop: bool, training: bool) -> BoxedImage:
+def _image(base: Path, name: str, classes: Sequence[str], drop: bool, training: bool) -> tuple[BoxedImage, int]:
+    """Read an image and the number of its objects, with those left out."""
     path = Path(existing_path(str(base / "Annotations" / f"{name}.xml")))
     try:
         page = ElementTree.parse(path).getroot()
@@ -75,10 +80,11 @@ def _image(base: Path, name: str, classes: Sequence[str], drop: bool, training: 
             boxes.append(box)
             labels.append(1 + list(classes).index(kind))
             difficult.append(not training and entry.findtext("difficult", "0").strip() == "1")
-    return BoxedImage(
+    image = BoxedImage(
         existing_path(str(base / "JPEGImages" / f"{name}.jpg")),
         *size,
         np.array(boxes, dtype=np.float32).reshape(-1, 4),
         np.array(labels, dtype=np.int64),
         np.array(difficult, dtype=bool),
     )
+    return image, len(objects)

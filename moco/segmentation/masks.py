@@ -85,7 +85,7 @@ class MaskedImages:
         if size != values.shape[::-1]:
             sizes = [" x ".join(map(str, each)) for each in (size, values.shape[::-1])]
             raise ImageError(f"the image {path} has {sizes[0]} pixels and its mask {mask_path} {sizes[1]}: correct one")
-        if orientation != 1:
+        if orientation in range(2, 9):  # other values, such as 0, mean upright
             raise ImageError(
                 f"{path} is stored rotated, and its mask may not be: rotate its pixels and remove the EXIF tag"
             )

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from moco.config import ConfigError
+from moco.config import ConfigError, RunWarning
 from moco.config.detect import BoxesConfig
 from moco.data.decode import ImageError
 from moco.detection.coco import read_coco
@@ -142,9 +142,17 @@ def test_a_damaged_json_is_one_sentence(tmp_path: Path, text: str, message: str)
 def test_bad_boxes_can_be_left_out(tmp_path: Path) -> None:
     boxes = [[4, 4, 0, 6], [20, 4, 8, 6], [1, 1, 5, 5]]
     found = [annotation(id=number, bbox=box)[0] for number, box in enumerate(boxes)]
-    images = read_coco(write_json(tmp_path, annotations=found), tmp_path, masks=True, drop=True)
+    with pytest.warns(RunWarning, match=r"bad_boxes=drop leaves out 2 of 3 boxes: .*\[left, top, width, height\]"):
+        images = read_coco(write_json(tmp_path, annotations=found), tmp_path, masks=True, drop=True)
     assert images.images[0].boxes.tolist() == [[1, 1, 6, 6]]
     assert len(images.images[0].segmentations) == 1
+
+
+def test_bad_boxes_of_voc_are_left_out_and_counted(tmp_path: Path) -> None:
+    write_voc(tmp_path, "2007", "train", voc_object("cat", (1, 1, 9, 9)) + voc_object("dog", (5, 5, 4, 4)))
+    with pytest.warns(RunWarning, match=r"bad_boxes=drop leaves out 1 of 2 boxes"):
+        voc = read_voc(tmp_path, ["2007/train"], VOC_CLASSES, drop=True, training=True)
+    assert voc.images[0].labels.tolist() == [8]
 
 
 def test_held_out_categories_are_matched_by_name(tmp_path: Path) -> None:

@@ -109,9 +109,9 @@ def test_cityscapes_has_the_19_classes_of_its_benchmark(tmp_path: Path) -> None:
     assert len(CITYSCAPES_CLASSES) == 19
 
 
-def _rotate(root: Path) -> None:
+def _rotate(root: Path, orientation: int = 3) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 3
+    exif[0x0112] = orientation
     with Image.open(root / "images/a/0.jpg") as image:
         image.save(root / "images/a/0.jpg", exif=exif)
 
@@ -151,6 +151,13 @@ def test_a_mask_that_cannot_be_used_is_one_sentence(tmp_path: Path, name: str) -
     for workers in (0, 1):
         with pytest.raises(ImageError, match=message):
             count_classes(train, workers)
+
+
+def test_an_image_whose_orientation_is_not_specified_is_upright(tmp_path: Path) -> None:
+    folder(tmp_path)
+    _rotate(tmp_path, orientation=0)
+    train, _ = open_masked(MasksConfig(root=str(tmp_path), eval_root=str(tmp_path)))
+    assert train.read(0)[1].shape == (6, 8)
 
 
 def test_folders_that_do_not_match_are_one_sentence(tmp_path: Path) -> None:
