@@ -41,7 +41,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield the name of a temporary file to write to, then flush that file and rename it to `path`.
 
     If anything fails, the temporary file is removed and an earlier `path` is left unchanged. Two processes may write
-    the same `path` at once: each has its own temporary file, and the last one to finish decides.
+    the same `path` at once: each has its own temporary file, and the file of the last one to finish remains.
 
     Raises:
         WriteError: if the system does not let the file be written.
@@ -60,7 +60,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def check_writable(path: Path, is_folder: bool = False) -> None:
     """Check, before long work, that a file, or files in a folder, can be written.
 
-    Create the folder, and write a temporary file there.
+    Create the folder, and write and remove a temporary file there.
 
     Raises:
         WriteError: if the system does not let a file be written.
@@ -159,14 +159,14 @@ def flush(path: Path) -> None:
 
 
 def lock(path: Path, wait: bool = False) -> IO[str]:
-    """Create the file `path` if needed, lock it, and write this process's number and host into it.
+    """Create the file `path` if needed, lock it, and write this process's ID and host into it.
 
     The lock holds until the returned file is closed or the process ends, even by SIGKILL.
 
     Raises:
         FileLocked: if another process holds the lock and `wait` is false.
         OSError: if the file cannot be created or locked.
-        WriteError: if the disk is full.
+        WriteError: if the ID cannot be written, for example on a full disk.
     """
     file = path.open("a+")
     try:

@@ -36,7 +36,7 @@ _FUNCTION = re.compile(
     r"\s*(choice|range|interval|glob|shuffle|sort|tag|extend_list|int|float|str|bool|json_str)\s*\(.*\)\s*", re.DOTALL
 )
 
-# What copying a command from a document brings in: quotes, dashes, and invisible characters.
+# Characters that copying a command from a document brings in: quotes, dashes, and invisible characters.
 _QUOTES = "\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u00ab\u00bb\u2039\u203a\u2032\u2033"
 _DASHES = "\u2010-\u2015\u2212"
 _INVISIBLE = "\u00a0\u00ad\u2000-\u200f\u2028-\u202f\u205f-\u2064\u3000\ufeff"
@@ -98,7 +98,7 @@ def _refuse_divided_by_shell(arguments: Sequence[str], types: Mapping[str, Any])
         if not (words and value) or not (is_list or {str, list[str]} & {*kinds}):
             continue
         if not is_list and _exists(words[0]) and not _exists(whole):
-            continue  # a path without its field
+            continue  # a path whose field is missing
         if list[str] in kinds:
             fix = override(name, [_plain(each) for each in split(whole[1:-1])] if _is_list(whole) else [whole])
         else:
@@ -150,7 +150,7 @@ def _refuse_copied(argument: str) -> None:
 
 
 def _refuse_several(name: str, value: str, kind: Any) -> None:
-    """Refuse several values, separated by commas, if there is no --multirun; of other types, Hydra refuses them."""
+    """Refuse several values, separated by commas, without --multirun. Hydra itself refuses those of other types."""
     texts = [_plain(each) for each in split(value)]
     if list[str] in members(kind):
         one = f"or, for one entry with a comma, {override(name, [value])}"
@@ -219,7 +219,7 @@ def _text(name: str, value: str, optional: bool, sweep: bool, in_list: bool = Fa
 
 
 def _refuse_reference(name: str, text: str) -> None:
-    """Refuse text that OmegaConf does not read as text: an incomplete reference to a field, or its mark "???"."""
+    """Refuse text that OmegaConf does not read as text: an incomplete reference, or "???" (a missing value)."""
     try:
         if not OmegaConf.is_missing(OmegaConf.create({"text": text}), "text"):
             return

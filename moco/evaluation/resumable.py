@@ -1,7 +1,7 @@
 """Trainings that resume: a state saved every few steps and after a signal, from which the same command continues.
 
-All that a step needs is in the state, or a function of the seed and the step. So on a CPU a resumed training ends with
-the same weights as an uninterrupted one, bit for bit.
+Everything that a step needs is either in the state or computed from the seed and the number of the step. So on a CPU a
+resumed training ends with the same weights as an uninterrupted one, bit for bit.
 """
 
 import shutil
@@ -25,15 +25,17 @@ from moco.runtime.preemption import Preempted, PreemptionHandler, Reason
 from moco.runtime.speed import StepTimes
 from moco.runtime.watchdog import Watchdog, watched_context
 
-CURVES = "training.jsonl"  # the records of the training whose network is in the same folder, as in metrics.jsonl
+CURVES = "training.jsonl"  # a copy of the metrics.jsonl of the training whose network is in the same folder
 
 
 class Supervision:
-    """What the trainings of one attempt at a command share; see `supervised`.
+    """The device, the watchdog and the signal handler that all trainings of a command use; see `supervised`.
 
     Attributes:
         device: Of this process.
-        watchdog: Is told of each step, and each part of an evaluation.
+        watchdog: Receives the progress of trainings and evaluations.
+        preemption: Receives signals, and observes the time limit.
+        save_every, log_every: Steps between two saved states, and between two records of the metrics.
     """
 
     def __init__(
@@ -41,20 +43,20 @@ class Supervision:
     ) -> None:
         self.device, self.watchdog, self.preemption = device, watchdog, preemption
         self.save_every, self.log_every = save_every, log_every
-        self._saved: tuple[int, int] | tuple[()] = ()  # steps of the present training, and their total number
+        self._saved: tuple[int, int] | tuple[()] = ()  # saved and total steps of the current training
 
     def heartbeat(self) -> None:
         """Report progress to the watchdog. Raise `Preempted` after a signal.
 
-        Call it only outside of training steps, when no state is left to save, and only where an exception is raised on
-        all ranks.
+        Call it only outside of training steps, when no state remains to be saved, and only in code whose exceptions are
+        raised on all ranks, such as that in `on_all_ranks`.
         """
         self.watchdog.heartbeat()
         if reason := self.preemption.signal_received():
             raise Preempted(reason, *self._saved)
 
     def saved(self, done: int, total: int) -> None:
-        """Record that `done` of the `total` steps of the present training are saved."""
+        """Record that `done` of the `total` steps of the current training are saved."""
         self._saved = done, total
 
 
@@ -77,9 +79,9 @@ class ResumableTraining:
 
     Attributes:
         folder: For the trained network of the last seed. State and metrics are beside it.
-        encoder: The entry of `encoders`.
+        encoder: Its entry in the command's field `encoders`.
         seed: Of this training.
-        digest: Tells trainings with different settings, weights or images apart.
+        digest: Differs between trainings with different settings, weights or images.
         steps: Number of steps.
         batch_size: Images per step, over all processes.
     """
@@ -126,9 +128,9 @@ def train_resumably(
     Args:
         supervision: of the command.
         training: its files and its length.
-        network, optimizer: on this rank; the state fits all ranks, which hold the same weights.
+        network, optimizer: on this rank. One state serves all ranks, because they hold the same weights.
         train: runs the steps from the given one on, and calls the given function after each step.
-        on_step: receives a line for each step; an empty one for those that were finished before.
+        on_step: receives a line of text for each step; "" for the steps that the saved state includes.
 
     Raises:
         Preempted: on all ranks, once the state is saved, if one of them received a signal or reached the time limit.
@@ -155,7 +157,7 @@ def _train(
     on_step: Callable[[str], None],
     start: int,
 ) -> None:
-    """Run the steps from `start` on; log and save, and stop all ranks if one of them has a reason."""
+    """Run the steps from `start` on; log and save. Stop all ranks on a signal or at the time limit of one of them."""
     steps, title = training.steps, training.title
     stop, times = DelayedMaxOverRanks(supervision.device), StepTimes(supervision.device, training.batch_size)
     supervision.watchdog.finished(start)

@@ -1,4 +1,4 @@
-"""The steps of a training on labels: its learning rates, its random numbers, and what is known about each step."""
+"""The steps of a training on labels: their learning rates, their random seeds, and the record of each finished step."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -37,10 +37,10 @@ class Schedule:
 
     lr: float  # the peak; each parameter group multiplies it by its "lr_scale"
     steps: int
-    kind: str  # step: multiplied by 0.1 at each milestone; cosine: to 0
+    kind: str  # step: multiplied by 0.1 at each milestone; cosine: decays to 0
     warmup: float  # fraction of the steps in which the lr rises
     milestones: Sequence[float] = (0.7, 0.9)  # fractions of the steps
-    epochs: int = 1
+    epochs: int = 1  # into which the steps are divided
 
     def at(self, step: int) -> float:
         milestones = [each * self.epochs for each in self.milestones]
@@ -62,7 +62,7 @@ def run_steps(
     Args:
         batches: of this rank; the same number on every rank.
         step_of: trains on a batch, given also the step and its lr; returns the loss and the norm of the gradient.
-        optimizer: its weight decay is named in errors, and a factor of the head's learning rate above 1.
+        optimizer: errors name its weight decay and, if above 1, the factor of the head's learning rate.
         schedule: the learning rates.
         seed: see `seed_step`.
         start: finished steps.
@@ -89,5 +89,5 @@ def run_steps(
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Seed torch's generator, for example for dropout, for a step of this rank."""
+    """Seed torch's generator for a step of this rank; dropout, for example, draws from it."""
     torch.manual_seed(step_seed(seed, (step << 16) + 1 + rank()))

@@ -1,4 +1,4 @@
-"""A PNG with a row for each of some images, which shows its ground truth and a network's prediction."""
+"""A PNG with a row for each image. Its tiles show, for example, the ground truth and a network's prediction."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -72,7 +72,7 @@ def open_subject(config: SubjectConfig) -> Subject:
     require(fits, f"images.size={transform.size} exceeds images.resize={transform.resize}: {fix}")
     if advice := crop_advice("images.size", transform.size, "images.resize", transform.resize):
         warnings.warn(advice, RunWarning, stacklevel=2)
-    # Before any image is searched for, refuse weights that do not fit.
+    # Refuse weights that do not fit this size now, before any image is searched for.
     file = fit_to_size(file, transform.size, "images.size")
     if not file.config:  # of another project
         unused = f"; not used: {', '.join(file.unused)}" if file.unused else ""
@@ -94,7 +94,7 @@ def open_encoder(config: EncoderConfig) -> EncoderFile:
     """Read the encoder file that the configuration names.
 
     Raises:
-        ConfigError: for a run without a checkpoint.
+        ConfigError: for a run that does not exist or has no readable checkpoint, or a folder as the checkpoint.
         FileNotFoundError, ForeignFileError, CheckpointError: see `read_encoder`.
     """
     if config.run:
@@ -125,7 +125,7 @@ def output_of(config: EncoderConfig, file: EncoderFile) -> Path:
 
 
 def _plain(value: Any) -> str:
-    """Return a value as an override has it, without spaces."""
+    """Return a value as text for an override, without spaces."""
     return str(value).replace(" ", "")
 
 
@@ -171,8 +171,8 @@ def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Sourc
         bank, held_out = bank.subset(rest), bank.subset(held)
         if bank.labels is not None and (lacking := classes_without_images(held_out)):
             log(
-                f"data.hold_out={part}: no held-out image of {first_names(lacking)}: each has one image, copies of it, "
-                "or frames of one video"
+                f"data.hold_out={part}: no held-out image of {first_names(lacking)}: each of these classes has only "
+                "one image, copies of one image, or frames of one video"
             )
     if held_out is None or (held_out.labels is None and held_out.multi_labels is None):
         other = "data.eval_root=DIR to other images of the same classes, or " if name in FOLDERS else ""
@@ -285,7 +285,8 @@ def data_config(config: SubjectConfig, subject: Subject) -> DataConfig:
     """Return the fields that the user has set; for the others, those of the run or file, or else the defaults.
 
     Raises:
-        ConfigError: for a file without data, and for a stream; see also `moco.data.recorded`.
+        ConfigError: if neither the user nor the encoder file names the data, or for data.name=webdataset, which is a
+            stream; see also `moco.data.recorded`.
     """
     given, source = config.data.overrides(), subject.file.source
     trusted = bool(config.run) or in_run_directory(Path(source))
@@ -368,8 +369,8 @@ def is_other_data(config: SubjectConfig, subject: Subject) -> bool:
 def held_out_seen(config: SubjectConfig, subject: Subject) -> bool:
     """Return whether the encoder was trained on this data set, and the held-out images can be among those it saw.
 
-    They can with data.hold_out, and with data.label_file if this field, data.split or data.eval_split differs from the
-    run's.
+    This is possible with data.hold_out. It is also possible with data.label_file, if data.label_file, data.split or
+    data.eval_split differs from the run's.
     """
     data, recorded = asdict(data_config(config, subject)), subject.file.config.get("data", {})
     splits = [

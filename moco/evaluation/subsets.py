@@ -36,14 +36,16 @@ def naming_field(name: str, value: object) -> Iterator[None]:
 def part_of_each_class(labels: Rows, fraction: float, seed: int) -> Rows:
     """Select the same fraction of each class, rounded, at least one image; rows in ascending order.
 
-    With the same seed, a smaller part is a subset of a larger one.
+    With the same seed, the images of a smaller fraction are among those of a larger one.
     """
     by_class = _by_class(labels, seed, FEW_LABELS)
     return np.sort(np.concatenate([rows[: max(1, round(fraction * len(rows)))] for rows in by_class]))
 
 
 def per_class(labels: Rows, count: int, seed: int) -> Rows:
-    """Select `count` images of each class; rows in ascending order. A smaller count gives a subset.
+    """Select `count` images of each class; rows in ascending order.
+
+    With the same seed, the images of a smaller count are among those of a larger one.
 
     Raises:
         SubsetError: if a class has fewer images.
@@ -52,7 +54,13 @@ def per_class(labels: Rows, count: int, seed: int) -> Rows:
 
 
 def draw_labels(labels: Rows, count: int, draw: int, seed: int = 0) -> Rows:
-    """Select `count` images of each class for the repeat number `draw`, the same for every encoder; see `per_class`."""
+    """Select `count` images of each class for repeat number `draw`, class by class, each in random order.
+
+    The selection does not depend on the encoder.
+
+    Raises:
+        SubsetError: if a class has fewer images.
+    """
     return _first_of_each(labels, count, seed, DRAW_LABELS + draw)
 
 
@@ -61,8 +69,9 @@ def split_each_class(
 ) -> tuple[Rows, Rows]:
     """Split rows into the rest and a part of each class. Every class keeps at least one image in the rest.
 
-    The part has at least one image of each class, except of a class whose images are all in one group: with a single
-    image, for example. With groups of several images, the part may be smaller or larger than its fraction.
+    Without groups, the part has at least one image of each class that has two or more. With groups of several images,
+    the part may be smaller or larger than its fraction. A group is taken only if every class keeps an image in the
+    rest, so the part has no image of a class without such a group: for example, a class with a single group.
 
     Args:
         labels: (N,); of images with several labels (N, L), which are split as if they were one class.

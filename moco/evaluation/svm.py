@@ -30,14 +30,17 @@ Labels = NDArray[np.int64]  # 1: has the class, 0: has not, UNKNOWN
 
 @dataclass(frozen=True)
 class SvmResult:
-    """The average precision of each class in percent, and the chosen costs; None for a class that is not measured."""
+    """The average precision of each class in percent, and the chosen costs; None for a class that is not measured.
+
+    A class is measured if training images with it and without it exist, and a test image with it.
+    """
 
     per_class: list[float | None]
     costs: list[float | None]
 
     @property
     def mean(self) -> float:
-        """The mAP: the mean over the classes that have an image in both splits."""
+        """The mAP: the mean over the measured classes."""
         return mean_known(self.per_class) or 0.0
 
 

@@ -182,7 +182,7 @@ def choose(
         progress: counts the epochs of all layers.
 
     Raises:
-        SubsetError: if every class has only one sample.
+        SubsetError: if no class can be split, see `split_each_class`.
     """
     train, held = split_each_class(data.labels, part, recipe.seed, VALIDATION, data.groups)
     grid = sorted(set(product(lrs, weight_decays)), key=lambda pair: (pair[0], -pair[1]))

@@ -224,7 +224,7 @@ def frames_note(source: Source) -> str:
 
 def interval_note(seeds: int, single: str = "with Wilson's 95 % interval") -> str:
     """Return the meaning of the interval of a result over several seeds; for one seed, return `single`."""
-    few = "; of fewer than 3 seeds it means little: set seeds=3 or more" * (seeds < 3)
+    few = "; with fewer than 3 seeds the interval means little: set seeds=3 or more" * (seeds < 3)
     student = f"mean of {seeds} seeds ± half of Student's 95 % interval{few}"
     return student if seeds > 1 else single
 
@@ -248,7 +248,7 @@ def changed_images(config: SubjectConfig) -> dict[str, Any]:
 
 
 def yaml_fields(file: str) -> dict[str, Any]:
-    """Return the fields of configs/FILE.yaml, and those of the files of the same folder in its defaults list.
+    """Return the fields of configs/FILE.yaml, and of the files in the same folder that its defaults list names.
 
     {} if there is no such file.
     """
@@ -304,14 +304,15 @@ def describe_encoder(file: EncoderFile, features: str = "backbone") -> dict[str,
     known |= {"source": source, "sha256": weights_digest(file, features)}
     if features == "projection":
         known["backbone_sha256"] = weights_digest(file, "backbone")
-        known["projection"] = [list(each.shape) for each in file.head_weights.values()]  # identifies an untrained one
+        known["projection"] = [list(each.shape) for each in file.head_weights.values()]  # identifies an untrained head
     return known
 
 
 def describe_start(config: EncoderConfig, encoder: str, seed: int) -> dict[str, Any]:
     """Return the keys of a results.json entry that state with which weights an evaluation starts.
 
-    `seed` is that of the initial weights of "untrained". Other encoders are named by their paths.
+    `encoder` is "pretrained", "untrained", "pixels" or the path of another encoder. `seed` is that of the initial
+    weights of "untrained".
     """
     own = encoder in ("pretrained", *BASELINES)
     known = {"encoder": encoder, "weights": config.weights if own else EncoderConfig.weights}

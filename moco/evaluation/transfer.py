@@ -78,7 +78,7 @@ def evaluate_transfer(config: TransferConfig) -> list[SetResults]:
 
 
 def open_candidates(config: TransferConfig, own: Subject) -> list[Candidate]:
-    """Read the encoders of `encoders`, in this order; `own` is that of run or checkpoint.
+    """Read the entries of `encoders`, in this order. `own` is the encoder that the fields run or checkpoint name.
 
     Raises:
         ConfigError: for an encoder that cannot be read, or whose images have another number of channels than those of
@@ -117,7 +117,7 @@ def _evaluate_set(
     candidates: Sequence[Candidate],
     device: torch.device,
 ) -> SetResults:
-    """Evaluate the encoders that have no fitting result on one data set; write the file after each of them.
+    """Evaluate the encoders without a valid recorded result on one data set; write the file after each of them.
 
     `splits` is None for a data set that is opened only if a result is missing.
     """
@@ -202,7 +202,7 @@ def _report(config: TransferConfig, found: Sequence[SetResults], output: Path) -
 
 
 def _episode_fields(found: Sequence[SetResults]) -> dict[str, int] | None:
-    """Return ways and queries for which every data set has enough test images, without those that are the defaults.
+    """Return ways and queries for which every data set has enough test images; a value that is the default is left out.
 
     None if there are no such values, or images have several labels.
     """

@@ -84,7 +84,7 @@ class Splits:
 
 
 def check_names(sets: list[str]) -> None:
-    """Refuse an entry of `sets` that is neither a name nor a path.
+    """Refuse an entry of `sets` that is neither the name of a known data set nor an existing folder.
 
     Raises:
         ConfigError: for an unknown name.
@@ -183,7 +183,10 @@ def _draw(everything: Part, training: int, test: int) -> list[Part]:
 
 
 def _open_folder(path: str, config: TransferConfig, subject: Subject) -> Splits:
-    """Open a folder with train/ and test/ or val/ or both, or with class folders, of which a part is held out."""
+    """Open a folder with train/ and one or both of test/ and val/, or with class folders only.
+
+    In the second case, hold out a part of each class as the test split.
+    """
     output = subject.output
     data = DataConfig(name="folder", root=path, labels="folder", channels=subject.file.channels)
     data = replace(data, dtype=config.data.dtype or "uint8")

@@ -145,7 +145,7 @@ def write_and_compare(
     Raises:
         ConversionError: if weights are not equal bit for bit, if the difference exceeds the format's tolerance, or if
             all features are 0, because their comparison would prove nothing.
-        WriteError: if the disk is full.
+        WriteError: if the system does not let the file be written.
     """
     chosen = FORMATS[to]
     with write_errors(path):
@@ -178,7 +178,7 @@ def write_and_compare(
 def _comparison_images(config: ConvertConfig, subject: Subject) -> tuple[Source, str]:
     """Return images for the comparison, and their name: the configured ones, the run's, or built-in ones.
 
-    Built-in are the digits, and for other channels than RGB random numbers.
+    The built-in images are scikit-learn's digits or, for an encoder of images that are not RGB, random numbers.
     """
     if config.data.name is not None or config.data.root is not None or subject.file.config.get("data"):
         lazily = replace(config, data=replace(config.data, resident=False))  # only a few are read

@@ -57,7 +57,7 @@ class EncoderFile:
     step: int = 0  # optimizer steps of its training; 0: unknown
     images: dict[str, Any] = field(default_factory=dict)  # size, resize, mean and std of evaluation
     config: dict[str, Any] = field(default_factory=dict)  # of the run; empty in files of other projects
-    predictor: dict[str, Tensor] = field(default_factory=dict)  # weights of MoCo v3's predictor
+    predictor: dict[str, Tensor] = field(default_factory=dict)  # weights of the predictor, as in MoCo v3
     queue: Tensor | None = None  # (K, C), keys of images
     oldest: int = 0  # the row of the oldest key
     unused: tuple[str, ...] = ()  # names of other parts with weights
@@ -113,7 +113,8 @@ def build(file: EncoderFile, seed: int | None = None) -> Encoder:
     Without a projection head in the file, the head is `nn.Identity`.
 
     Raises:
-        ForeignFileError: if a weight is missing, unknown or of another shape.
+        ForeignFileError: if a weight is missing, unknown, of another shape or not finite, or if the network cannot be
+            built.
         ValueError: for an unknown backbone or option.
     """
     complaints = (
@@ -214,7 +215,7 @@ def _some(names: Any, limit: int = 3) -> str:
 
 
 def _refuse_unknown_heads(path: Path, backbone: str) -> None:
-    """Refuse a ViT-S in a layout that does not state its number of heads: any number fits the weights."""
+    """Refuse a ViT-S in a layout that does not state its number of attention heads: any number fits the weights."""
     if backbone == "vit_small":
         raise ForeignFileError(
             f"{path} does not state how many heads its ViT has: set backbone=timm/vit_small_patch16_224 for a ViT-S of "
@@ -346,7 +347,7 @@ def _parts_of(names: Iterable[str], layout: Layout) -> tuple[str, ...]:
 
 
 def _most_complete(found: list[Part], file: EncoderFile, tensors: State) -> Part:
-    """Return the part whose names fit the file's network best, the first of several."""
+    """Return the part whose names fit the file's network best; of equally good ones, the first."""
     try:
         with torch.device("meta"):
             wanted = _shapes(_backbone(file).state_dict()).keys()

@@ -72,5 +72,5 @@ def _onnxruntime() -> Any:
 
 
 def _example(images: Mapping[str, Any]) -> Tensor:
-    batch = 2  # the exporter would take 1 for a constant
+    batch = 2  # the exporter would treat a batch size of 1 as a constant
     return torch.zeros(batch, len(images["mean"]), images["size"], images["size"])

@@ -37,7 +37,7 @@ LAYOUTS = (
 )
 PLAIN = Layout("plain state dict", "", of_timm=True)
 
-# Entries of a file, or attributes of a Lightning module, in which a layout may lie; also one within another.
+# Entries of a file, or attributes of a Lightning module, that may hold the weights. They can be nested.
 _CONTAINERS = ("state_dict.", "model.", "model_state_dict.", "net.", "network.", "classy_state_dict.base_model.")
 _WRAPPERS = r"(?:(?:module|_orig_mod|_feature_blocks)\.)*"  # of DDP, torch.compile, and VISSL's ResNet
 _CLASSIFIERS = ("fc.", "head.", "classifier.", "linear.")  # of supervised networks: not part of the backbone
@@ -112,7 +112,7 @@ def _part(layout: Layout, prefix: str, tensors: State) -> Part:
 
 def _is_head(name: str) -> bool:
     """Return whether a weight belongs to a classifier or projection head instead of the backbone."""
-    return name.startswith(_CLASSIFIERS) and not name.startswith("head.norm.")  # ConvNeXt's, not of the classifier
+    return name.startswith(_CLASSIFIERS) and not name.startswith("head.norm.")  # part of ConvNeXt's backbone
 
 
 def has_small_stem(backbone: State) -> bool:

@@ -28,8 +28,8 @@ def local_file(name: str, field: str) -> Path:
         field: the field of the configuration that holds the name, for messages.
 
     Raises:
-        ConfigError: for a name of another form, without the library, and if the file cannot be downloaded; for the name
-            of a network.
+        ConfigError: if the name has another form or is that of a network, if the library is not installed, or if the
+            file cannot be downloaded.
     """
     if not name.startswith(HUB):
         _refuse_network(name, field)

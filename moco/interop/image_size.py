@@ -18,7 +18,7 @@ POSITIONS = "pos_embed"
 def fit_to_size(file: EncoderFile, size: int, field: str) -> EncoderFile:
     """Return a file whose network computes features of images of `size` x `size`: the same file, if it does so already.
 
-    A ViT for another size is built again with `img_size=size`, and gets the positions of `with_positions_of`.
+    A ViT for another size is built again with `img_size=size`, with position embeddings from `with_positions_of`.
 
     Args:
         field: the configuration's field for the size, for the error.
@@ -44,9 +44,10 @@ def fit_to_size(file: EncoderFile, size: int, field: str) -> EncoderFile:
 
 
 def with_positions_of(backbone: nn.Module, name: str, weights: State) -> dict[str, Tensor]:
-    """Return the weights of a ViT with as many positions as a backbone needs.
+    """Return the weights of a ViT with as many position embeddings as a backbone needs.
 
-    MoCo v3's ViTs have fixed positions: the backbone's own are taken. Learned positions are interpolated by timm.
+    MoCo v3's ViTs have fixed position embeddings: the backbone's own are used. timm interpolates learned ones. If this
+    is not possible, the weights are returned unchanged.
 
     Args:
         name: the backbone's name, as in the configuration.
@@ -67,7 +68,7 @@ def with_positions_of(backbone: nn.Module, name: str, weights: State) -> dict[st
         or before.shape[-1] != wanted.shape[-1]
         or round((before.shape[1] - prefix) ** 0.5) ** 2 != (before.shape[1] - prefix)
     ):
-        return dict(weights)  # `load_all` names the shapes
+        return dict(weights)  # loading them raises an error that names the shapes
     with torch.no_grad():
         positions = resample_abs_pos_embed(before, new_size=list(grid), num_prefix_tokens=prefix)
     return {**weights, POSITIONS: positions.contiguous()}

@@ -1,6 +1,6 @@
 """The model card of an encoder: README.md of a repository on the Hugging Face Hub.
 
-What it states about the encoder comes from the encoder's file and from results.json of its run only.
+What it states about the encoder comes only from the encoder's file and from the results.json of its run.
 """
 
 import re
@@ -161,7 +161,10 @@ def _recipe(file: EncoderFile) -> str:
 
 
 def shareable(value: Any) -> Any:
-    """Return a configuration without details of the machine: of absolute paths the last part, of addresses only hf://."""
+    """Return a configuration without details of the machine.
+
+    Of an absolute path, only the last part is kept. Commands (pipe:) and addresses other than hf:// become "".
+    """
     if isinstance(value, Mapping):
         return {name: shareable(each) for name, each in value.items()}
     if isinstance(value, list | tuple):

@@ -18,7 +18,7 @@ from moco.runtime.console import log, log_next
 
 
 def _parser(script: str, lr: float, epochs: int, schedule: list[int], weight_decay: float) -> argparse.ArgumentParser:
-    """Return a parser of the flags that both official scripts have; the arguments are the defaults that differ."""
+    """Return a parser of the flags that both official scripts have; the arguments are what differs between them."""
     description = f"Takes the flags of the official {script}, prints the equivalent command of moco, and runs it."
     flags = argparse.ArgumentParser(script, None, description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flags.set_defaults(script=script)
@@ -106,7 +106,7 @@ def _run(launched: Launch, module: str, overrides: list[str], flags: argparse.Na
         return 0
     start = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "torch.distributed.run"]
     sys.stdout.flush()
-    # A child process would not get the signals to this one, and would go on training after its end.
+    # A child process would not receive the signals sent to this one, and would continue to train after its end.
     os.execve(sys.executable, [*start, *words[1:]], os.environ | gpu)
 
 
@@ -132,8 +132,9 @@ def main_moco_overrides(flags: argparse.Namespace, launched: Launch) -> list[str
     per_gpu, rest = divmod(flags.batch_size, launched.per_node)
     if rest:
         raise ValueError(f"--batch-size {flags.batch_size} must be a multiple of the node's GPUs, {launched.per_node}")
-    # BN groups have the images of a GPU. A single process uses groups of 32 instead: the official recipe has 8 GPUs
-    # with 32 images each. Without a GPU here, the command is for another machine with an unknown number of GPUs.
+    # A BN group has the images of one GPU. A single process uses groups of 32 instead, because the official recipe has
+    # 8 GPUs with 32 images each. So does a command that is printed on a machine without a GPU, for
+    # another machine with an unknown number of GPUs.
     alone = launched.per_node * launched.nodes == 1 or not torch.cuda.device_count()
     schedule = (
         ["optim=sgd_cosine"] if flags.cos else ["optim=sgd_step", f"optim.milestones={flags.schedule}".replace(" ", "")]

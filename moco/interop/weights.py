@@ -13,7 +13,7 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[st
     """Write tensors by name, with metadata, to `path`.
 
     Raises:
-        WriteError: if the disk is full; an earlier file is left unchanged.
+        WriteError: if the file cannot be written; an earlier file is left unchanged.
     """
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
     with atomic_write(path) as temporary:

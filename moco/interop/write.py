@@ -1,4 +1,4 @@
-"""Write an encoder's backbone in the formats of other projects.
+"""Write an encoder in formats of this and other projects: the backbone, and in official MoCo files also the head.
 
 Each format has a function that writes it and one that reads it again, without the writer's code: with torchvision,
 timm, torch.export or onnxruntime if these can read the file, otherwise with code of this project. So a conversion is
@@ -204,7 +204,7 @@ def timm_settings(file: EncoderFile) -> dict[str, Any]:
 
 
 def _crop_pct(size: int, resize: int) -> float:
-    """Return the part that timm crops: it resizes the shorter side to floor(size / part)."""
+    """Return the `crop_pct` with which timm resizes the shorter side to `resize`: to floor(size / crop_pct)."""
     part = size / resize
     return part if math.floor(size / part) == resize else math.nextafter(part, 0)
 

@@ -1,11 +1,11 @@
-"""Kernels for GPUs, written in Triton: each does in one launch what torch's operations do in dozens.
+"""Kernels for GPUs, written in Triton: a few launches do what torch's operations do in dozens.
 
 Each function also has a plain form, of torch's operations, which runs on a CPU and on a GPU without Triton. Tests
 compare both forms: they agree bit for bit or up to rounding (docs/gpu.md). Triton comes with torch's CUDA builds for
 Linux. It compiles a kernel when it is first used, for which it needs a C compiler, and keeps the result in a folder of
 its own.
 
-`import moco.kernels` does not import Triton; its other modules do. So they are imported where `fused` is true.
+`import moco.kernels` does not import Triton; its other modules do. Import them only where `fused` returns True.
 """
 
 import functools
@@ -39,7 +39,7 @@ def _compiles(device: torch.device) -> bool:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         needed = "Triton" if isinstance(error, ImportError) else "a C compiler and Python's headers"
         warnings.warn(
-            f"Triton compiles no kernels here ({reason}), so the GPU gets hundreds of small operations instead: "
+            f"Triton compiles no kernels here ({reason}), so the GPU runs hundreds of small operations instead: "
             f"install {needed}",
             RunWarning,
             stacklevel=3,

@@ -1,14 +1,15 @@
-"""Augmentation of a batch of RGB crops in four launches, from the jitter to the normalization.
+"""Augmentation of a batch of RGB crops in at most four launches, from the jitter to the normalization.
 
 The results are those of the operations in `moco.data.ops`, bit for bit, because each operation is rounded alone:
 products and sums are not fused (`enable_fp_fusion=False`), and divisions are rounded to the nearest number (`div_rn`).
 
 1. `_gray_sums`: for the contrast, sums of the gray image as it is before the contrast changes.
-2. `_color`: jitter and grayscale; samples without blur are finished here.
-3. `_blur_rows`, 4. `_blur_columns`: the two directions of the blur; the second one finishes its samples.
+2. `_color`: jitter and grayscale; for samples without blur, also the last operations.
+3. `_blur_rows`, 4. `_blur_columns`: the two directions of the blur; after the second one, the last operations.
 
-To finish is to solarize, normalize, flip and rotate. Each sample has a row of parameters in a table, float32
-(N, 16 + r + 1). Its columns are named below. A turn is a place in the order of the jitter's operations.
+The last operations (`_finish`) are solarization, normalization, flips and rotation. Each sample has a row of parameters
+in a table, float32 (N, 16 + r + 1). Its columns are named below. A turn is a place in the order of the jitter's
+operations.
 
 Legend: N samples, S x S pixels, B samples with blur, r the radius of the blur.
 """
@@ -93,7 +94,7 @@ def _load(crops, sample, at, inside, PIXELS: tl.constexpr, WHITE: tl.constexpr):
 
 @triton.jit
 def _gray_sums(crops, table, sums, width, PIXELS: tl.constexpr, WHITE: tl.constexpr, BLOCK: tl.constexpr):
-    """Write sums of gray + 1 over the blocks of pixels, float64 (N, blocks), for samples with contrast.
+    """Write sums of the gray value + 1 over the blocks of pixels, float64 (N, blocks), for samples with contrast.
 
     Values in 1 ... 2 are multiples of 2**-23 in float32, so these sums are exact in float64, in any order.
     """
@@ -149,7 +150,7 @@ def _color(
     BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Change the color; finish samples without blur, and write the others to `out` as they are."""
+    """Change the color; apply `_finish` to samples without blur, and write the others to `out` for the blur."""
     sample = tl.program_id(0)
     row = table + sample * width
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -213,7 +214,7 @@ def _blur_columns(
     NORMALIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Blur along each column, and finish: from (B, 3, S, S) to (N, 3, S, S)."""
+    """Blur along each column, and apply `_finish`: from (B, 3, S, S) to (N, 3, S, S)."""
     slot, channel = tl.program_id(0), tl.program_id(2)
     sample = tl.load(table + slot * width + _BLURRED).to(tl.int64)
     row = table + sample * width

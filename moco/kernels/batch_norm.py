@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_PROGRAMS = 528  # to aim for; an H200 has 132 multiprocessors
+_PROGRAMS = 528  # approximate number to launch; an H200 has 132 multiprocessors
 _MOST_PARTS = 32  # per group
 _ROWS, _CHANNELS = 32, 64  # rows and channels that a program loads at once
 _TILES = 8  # tiles of _ROWS rows that a program normalizes, one after the other
@@ -23,7 +23,7 @@ _TILES = 8  # tiles of _ROWS rows that a program normalizes, one after the other
 
 @triton.jit
 def _place(C, COLUMNS: tl.constexpr):
-    """Return the group, the number within it, and the channels of a program, and which of them exist."""
+    """Return a program's group, its number within the group, its channels, and which of these channels exist."""
     channels = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     return tl.program_id(0), tl.program_id(1), channels, channels < C
 

@@ -1,4 +1,4 @@
-"""Random resized crops of resident uint8 images in two launches: rows, then columns, rounded in between, as in ATen.
+"""Random resized crops of uint8 images on a GPU in two launches: rows, then columns, rounded in between, as in ATen.
 
 The results are those of `moco.data.crop.resized_crops`, bit for bit: weights are integers times a power of two, so all
 sums are exact.
@@ -64,8 +64,9 @@ def resized_crops(
     Args:
         images: uint8, (N, C, H, W).
         boxes: top, left, height, width in pixels, int64 (N, 4).
-        across, down: for the width and the height of boxes, the first pixel of each output pixel, int64 (L + 1, S), and
-            its weights, (L + 1, S, K), by the length of the box; all sums must be exact in the type of the weights.
+        across, down: two tables each, for the width and the height of boxes; row l is for a box of l pixels. The first,
+            int64 (L + 1, S), holds the first source pixel of each output pixel. The second, (L + 1, S, K), holds the
+            weights of this pixel and the next ones; all sums must be exact in its type.
         size: S.
 
     Returns:

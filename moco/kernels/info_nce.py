@@ -4,7 +4,7 @@ The mathematics is that of `moco.losses.streamed`. As in Flash-Decoding (Dao et 
 queue fill a GPU because each program takes one part of the queue; a second kernel combines the parts.
 
 1. `_parts`: for each part, the largest logit, the sum of the exponentials relative to it, and the sum of the keys
-   weighted by them.
+   weighted by these exponentials.
 2. `_combine`: for each query, the sums over the parts, the loss, its derivatives and the measures.
 
 Half precision is multiplied as it is, and summed in float32. Tensor cores compute products of float32 numbers as three
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 LARGEST_DIM = 128  # C; more need more registers and shared memory than a multiprocessor has
-_PROGRAMS = 256  # to aim for; an H200 has 132 multiprocessors
+_PROGRAMS = 256  # approximate number to launch; an H200 has 132 multiprocessors
 # Queries and keys per product, and warps: 64 KiB of shared memory, and almost no spilled registers, on sm_80 and sm_90.
 _ROWS, _COLUMNS, _WARPS = 32, 64, 8
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # not -inf: -inf - -inf is nan
@@ -139,7 +139,7 @@ def _sum_over_parts(sums, pulled, n, N, C, P, PARTS: tl.constexpr, DIM: tl.const
 
 @triton.jit
 def _log1p(x):
-    """Return log(1 + x), x >= 0, also where 1 + x is rounded."""
+    """Return log(1 + x) for x >= 0, accurate also where 1 + x is rounded."""
     sum = 1.0 + x
     return tl.where(sum == 1.0, x, tl.log(sum) * (x / (sum - 1.0)))
 

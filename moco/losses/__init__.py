@@ -1,8 +1,8 @@
 """Contrastive losses: pure functions of tensors. The caller gathers tensors across processes.
 
 With a queue: `info_nce` (MoCo), `multi_positive_info_nce` (SupMoCo), `decoupled_info_nce` (DCL),
-`relational_cross_entropy` (ReSSL), and `contrast`, which adds the switches; each switch has its own file. Within a
-batch: `in_batch_info_nce` (MoCo v3), `nt_xent` (SimCLR), `sup_con` (SupCon) and `multi_positive_nt_xent`.
+`relational_cross_entropy` (ReSSL), and `contrast`, which is InfoNCE with optional changes (`Switches`). Within a batch:
+`in_batch_info_nce` (MoCo v3), `nt_xent` (SimCLR), `sup_con` (SupCon) and `multi_positive_nt_xent`.
 `cross_entropy_over_positives` has the forms for several positives.
 """
 

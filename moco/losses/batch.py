@@ -31,7 +31,7 @@ def in_batch_info_nce(
     """Compute InfoNCE with the keys of the other samples as negatives: `ctr` of MoCo v3's Algorithm 1.
 
     Chen et al. (2021), without the factor 2T. There the keys carry no gradient; nothing is detached here. For uniform
-    logits the loss is log(M).
+    logits the loss is log(M); decoupled, log(M - 1).
 
     Args:
         query: L2-normalized, shape (N, C).
@@ -127,7 +127,7 @@ def multi_positive_nt_xent(
     positives_mean: PositivesMean = "inside",
     decoupled: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute NT-Xent of V views with the mean over the positives inside the logarithm, or decoupled.
+    """Compute NT-Xent with the mean over the positives inside the logarithm, or with no positives in the denominator.
 
     For uniform logits the loss is log(V M - 1); decoupled, log(V M - V). With positives_mean="outside" and without
     `decoupled` it is `sup_con`.

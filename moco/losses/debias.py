@@ -13,8 +13,8 @@ def debiased_cross_entropy(logits: Tensor, temperature: Temperature, prior: floa
 
         g = max((mean of exp(negative) - tau+ exp(positive)) / (1 - tau+), exp(-1 / T))
 
-    The lower bound is the minimum for unit vectors. The positive term has one sample, the key (M = 1). With tau+ = 0
-    the loss is `info_nce`, except where rounding reaches the bound.
+    The lower bound, exp(-1 / T), is the smallest exp(negative) of unit vectors. The key is the only positive (M = 1).
+    With tau+ = 0 the loss is `info_nce`, except where rounding reaches the bound.
 
     Args:
         logits: shape (N, 1 + K), the positive in column 0; -inf for a queue entry that is no negative.

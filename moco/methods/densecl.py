@@ -19,8 +19,8 @@ cells of the global batch, for any number of processes and micro-batches.
 Deliberate deviations from the official code:
 
 - It updates f_k before encoding the keys, see `moco.builder`.
-- With a grid, it pools only the input of the dense head. Here the features that match cells are pooled too, so that
-  features and embeddings have the same cells.
+- With a grid, it pools only the input of the dense head. Here the features by which cells are matched are pooled too,
+  so that features and embeddings have the same cells.
 
 Legend: N micro-batch, n local batch, W processes, C embedding, K queue length, D features, P = G x G cells.
 """
@@ -55,7 +55,7 @@ class DenseCL(nn.Module):
     """DenseCL.
 
     Args:
-        encoder: f_q, images (N, 3, S, S) to embeddings of images and cells. f_k starts as its copy.
+        encoder: f_q, images (N, channels, S, S) to embeddings of images and cells. f_k starts as its copy.
         queue, dense_queue: the keys of images, and the means of their cells.
         temperature: T.
         dense_weight: lambda.

@@ -13,7 +13,7 @@ and the embeddings in the queue:
 
     SEED: Self-supervised Distillation for Visual Representation (Fang et al., ICLR 2021)
 
-The teacher is no part of the state: a resumed run reads it again, and refuses another one by its digest.
+The teacher is no part of the state: a resumed run reads it again, and refuses a teacher with another digest.
 
 Legend: N micro-batch, n local batch, W processes, M = W n global batch, C embedding, K queue length, V views.
 """
@@ -117,7 +117,8 @@ class Distill(nn.Module):
 def _cosine_loss(student: Tensor, teacher: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the mean of 1 - cos(s, t), shape (), for s (N, C) and their rows of t (M, C), and measures.
 
-    The contrast accuracy is the share of images whose embedding is nearest to the teacher's of the same image.
+    The contrast accuracy is the share of images whose student embedding s is nearer to t of the same image than to any
+    other t.
     """
     cosine = paired_similarity(student, teacher[rows])  # (N, 1)
     others = similarity(student.detach(), teacher)  # (N, M)

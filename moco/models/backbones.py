@@ -137,7 +137,7 @@ def _timm_model(name: str, options: Mapping[str, Any], group: str) -> nn.Module:
 
 
 def with_channels(options: Mapping[str, Any], channels: int) -> dict[str, Any]:
-    """Return the options of a backbone for images of so many channels; three are every backbone's default."""
+    """Return the options of a backbone for images with `channels` channels; every backbone takes three by default."""
     return {**options} if channels == 3 else {**options, "channels": channels}
 
 
@@ -148,9 +148,10 @@ def build_backbone(name: str, options: Mapping[str, Any], group: str = "model.")
 
     Args:
         name: a key of `BACKBONES`, or `timm/NAME` for any model of timm.
-        options: keyword arguments of the constructor, e.g. {"stem": "cifar"}; "channels" are those of the images, for
-            timm `in_chans`. timm then sums, or repeats and scales, the weights of the first layer.
-        group: the group of the configuration that names both, for errors; "" if the fields have none.
+        options: keyword arguments of the constructor, e.g. {"stem": "cifar"}. "channels" is the number of channels of
+            the images; timm receives it as `in_chans`, and sums, or repeats and scales, published weights of the first
+            layer.
+        group: the prefix of the fields `backbone` and `options` in error messages; "" for none.
 
     Raises:
         ValueError: for an unknown name or option.

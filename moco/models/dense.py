@@ -31,8 +31,8 @@ class DenseEncoder(nn.Module):
     """A backbone with a global and a dense head.
 
     Args:
-        backbone: images (N, 3, S, S) to features; its attribute `map_layer` names the layer that returns the feature
-            map, (N, D, h, w), or tokens.
+        backbone: images (N, channels, S, S) to features; its attribute `map_layer` names the layer that returns the
+            feature map, (N, D, h, w), or tokens.
         head: features to embeddings (N, C).
         dense_head: features of cells (N, P, D) to embeddings (N, P, C).
         grid: G, to which the feature map is pooled; 0: no pooling.
@@ -49,7 +49,7 @@ class DenseEncoder(nn.Module):
         self._kept = output
 
     def forward(self, images: Tensor, dense: bool = False) -> Tensor | DenseOutput:
-        """Return the embeddings of images (N, 3, S, S), (N, C); with `dense`, also those of their cells."""
+        """Return the embeddings of images (N, channels, S, S), (N, C); with `dense`, also those of their cells."""
         embedding: Tensor = self.head(self.backbone(images))  # (N, C)
         found, self._kept = self._kept, None
         if not dense:

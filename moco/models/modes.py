@@ -24,7 +24,7 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def set_training(network: nn.Module, frozen_bn: bool) -> None:
-    """Put a network into training mode, except torch's BN layers if they are frozen; `GroupedBatchNorm` never is."""
+    """Put a network into training mode, except torch's BN layers if `frozen_bn`; `GroupedBatchNorm` is never frozen."""
     network.train()
     for layer in network.modules():
         if frozen_bn and isinstance(layer, nn.modules.batchnorm._BatchNorm):
@@ -35,7 +35,7 @@ def checkpoint_activations(backbone: nn.Module, name: str) -> None:
     """Let a backbone keep only the inputs of its blocks for the backward pass, which computes the rest again.
 
     Raises:
-        ConfigError: if timm has no such function for the backbone, or if it has BN, whose running statistics would be
+        ConfigError: if timm does not support this for the backbone, or if it has BN, whose running statistics would be
             updated twice. The stem of a ViT, which may have BN, is not computed again.
     """
     switch: Any = getattr(backbone, "set_grad_checkpointing", None)

@@ -151,7 +151,7 @@ class GroupedBatchNorm(nn.Module):
         """Update the running statistics with one call's statistics, (C,) each.
 
         With V views of m micro-batches, the first call multiplies the running statistics by (1 - momentum)^V. A call
-        for view v adds momentum (1 - momentum)^(V - 1 - v) / m of its statistics.
+        for view v adds its statistics times momentum (1 - momentum)^(V - 1 - v) / m.
         """
         if self._is_fused(mean):
             self._count_call()
@@ -231,8 +231,9 @@ def convert_batch_norm(module: nn.Module, kind: BatchNormKind, group_size: int) 
 def untracked(module: nn.Module, backward: bool = False) -> Iterator[None]:
     """Keep the running statistics of every BN layer unchanged by forward passes in this context.
 
-    They are restored at the end. With `backward`, a backward pass may follow: then they are never written, because
-    autograd refuses tensors that were written in between, and only the numbers of calls are restored.
+    They are restored at the end. With `backward`, a backward pass may follow. Autograd refuses tensors that were
+    overwritten after the forward pass. So the running statistics are not restored but kept by a momentum of 0; only the
+    numbers of calls are restored.
     """
     kinds = GroupedBatchNorm | nn.modules.batchnorm._BatchNorm
     layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, kinds)]

@@ -33,7 +33,7 @@ def vit(
     query, key and value as three matrices. Section 4.2: a random patch projection, not trained, stabilizes training.
 
     Args:
-        dim: D, a multiple of 4 and of `heads`.
+        dim: D, a multiple of 4 and of `heads`; with stem "conv" also of 8.
         depth, heads: number of blocks, and of attention heads per block.
         img_size: S; the positions are fixed for it.
         patch_size: side of a patch; must divide `img_size`.

@@ -34,13 +34,13 @@ def parameter_groups(module: nn.Module, weight_decay: float, exclude: Sequence[s
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], module: nn.Module | None = None) -> None:
     """Load a state dict; the optimizer state then uses the memory format of its parameter.
 
-    Fused kernels read both in memory order: moments from a run with another `channels_last` would update the wrong
-    weights. `module`, with the optimizer's parameters, is needed if it is sharded.
+    Fused kernels read parameters and moments in memory order: moments from a run with another `channels_last` would
+    update the wrong weights. `module`, with the optimizer's parameters, is needed if it is sharded.
     """
     built = [dict(group) for group in optimizer.param_groups]
     load_optimizer_state(module, optimizer, state)
     for group, settings in zip(optimizer.param_groups, built, strict=True):
-        # Settings that are new since then, and the implementation, which sharding may change.
+        # Settings that the saved state lacks, and the implementation ("fused"), which sharding may change.
         group.update({name: value for name, value in settings.items() if name not in group or name == "fused"})
     for parameter, moments in optimizer.state.items():
         for name, moment in moments.items():
