@@ -45,7 +45,7 @@ def world_size() -> int:
 
 
 def is_rank_zero() -> bool:
-    """Return whether this is rank 0, the only rank that writes files and prints."""
+    """Return whether this is rank 0, the only rank that prints and writes results."""
     return rank() == 0
 
 

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 ORDER = 1_000  # the order of the samples in an epoch
 SHUFFLE = 1_001  # the shuffle of the batch for MoCo's key encoder; one stream per view: SHUFFLE + view
 MIX = 2_000  # mixed negatives, by step and position in the batch; one stream per view of the query: MIX + view
-SPLIT = 3_000  # the held-out digits
+SPLIT = 3_000  # the held-out images of the digits data set
 BANK = 3_001  # the images that a limited kNN reference set keeps
 HOLD_OUT = 3_002  # the labeled images that an evaluation holds out
 VALIDATION = 3_003  # the labeled images for selecting hyperparameters (learning rate, k)
@@ -98,5 +98,8 @@ def permutation(seed: int, epoch: int, length: int, stream: int) -> NDArray[np.i
 
 
 def step_seed(seed: int, number: int) -> int:
-    """Return the `number`-th seed for torch's own generator, below 2**63. The numbers of a run must all differ."""
+    """Return the `number`-th seed for torch's own generator, below 2**63.
+
+    Each use in a run needs a `number` of its own.
+    """
     return (seed + (number + 1) * 0x9E3779B97F4A7C15) % 2**63  # 2**64 / golden ratio: multiples are far apart

@@ -51,8 +51,8 @@ def read_label_file(file: str, separator: str = "") -> dict[str, Row]:
         ConfigError: if the file is Parquet and pyarrow is not installed.
         FileNotFoundError: if there is no such file.
         ValueError: if it is no table with the columns path and label, or has one of them twice; if a path or split is
-            empty, or a label outside the split `UNUSED`; if a path has rows with different labels or splits; or if the
-            separator does not occur.
+            empty; if a label is empty, except in the split `UNUSED` or where images can have several labels; if a path
+            has rows with different labels or splits; or if the separator does not occur.
 
     Warns:
         RunWarning: about ignored columns whose names resemble path, label or split.
@@ -118,7 +118,7 @@ def rows_of_images(rows: dict[str, Row], images: Sequence[str], where: str, file
 
 
 def held_out_split(rows: Sequence[Row], train: str, held_out: str, file: str) -> str:
-    """Return the name of the held-out split; "" if the table has no other split than that of training.
+    """Return the name of the held-out split; "" if the table has none.
 
     Args:
         rows: of all images.
@@ -182,7 +182,7 @@ def _columns(names: Sequence[str], where: str) -> list[str]:
 
 
 def _resembles(name: str) -> bool:
-    """Return whether the name of a column contains one of `COLUMNS`, or is that of one with a typing mistake."""
+    """Return whether the name of a column contains one of `COLUMNS`, or looks like one with a typing mistake."""
     lower = name.strip().casefold()
     return any(column in lower for column in COLUMNS) or bool(difflib.get_close_matches(lower, COLUMNS, 1, 0.75))
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SHOWN = 5  # how many names a message lists
-HELD_OUT = ("test", "validation", "valid", "val")  # names of a held-out split; the first with labels is used
+HELD_OUT = ("test", "validation", "valid", "val")  # names of a held-out split, the preferred one first
 
 
 def read_labels(

@@ -1,4 +1,4 @@
-"""Batches of views: crops of a resident or streamed source, augmented on the device.
+"""Batches of views: crops of the images, augmented on the device.
 
 Legend: n samples of this rank's batch, V views, C channels, S x S pixels, D = CROP_DRAWS.
 """
@@ -31,7 +31,7 @@ from moco.runtime.device import float64_device
 class Batch:
     """This rank's share of one global batch."""
 
-    index: Tensor  # (n,), the images that are used; a substitute has its own index, for the queue and the labels
+    index: Tensor  # (n,), index of the image in each row (its substitute's if replaced); for a stream `Sample.identity`
     views: list[Tensor]  # V of (n, C, S, S), float32, normalized
     places: Tensor | None = None  # (V, n, 3, 3), float64, see `moco.data.places`; None unless asked for
 
@@ -50,7 +50,8 @@ def batches(
 
     Args:
         source: the images; if `source.images` is None, loader processes decode them.
-        device: computes the augmentation, unless it lacks float64, and holds the batches except `places`.
+        device: computes the augmentation and holds the batches. If it lacks float64 (MPS), the CPU computes the
+            augmentation and holds `places`.
         workers: number of loader processes; 0 decodes in this process; None: see `count_processes`.
         on_unreadable: called with unreadable images, which are replaced by substitutes (`moco.data.unreadable`). The
             views of a substitute use the random numbers of the original sample, so they differ from the views that the

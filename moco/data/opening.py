@@ -117,7 +117,7 @@ def class_line(source: Source) -> str:
 
 
 def left_out_line(counts: Mapping[str, int]) -> str:
-    """Return, as one line, how many files are left out, because of their names or as no regular files."""
+    """Return, as one line, how many files are left out because of their names, or as they are not regular files."""
     ordered = sorted(counts.items(), key=lambda each: (-each[1], each[0]))
     named = [f"{count:,} {kind}" for kind, count in ordered]
     convert = sorted(counts.keys() & OTHER_IMAGE_ENDINGS)
@@ -156,9 +156,10 @@ def without_unreadable_evaluation_images(
 
 
 def build_views(config: AugmentConfig, data: DataConfig | None = None) -> list[View]:
-    """Return the augmentation of each view: in turn the fields of `config`, and these fields as `second` changes them.
+    """Return the augmentation of each view.
 
-    The small views follow, in the same turn, but with `small_size` and `small_scale`.
+    Views alternate between the fields of `config` and the same fields with the changes in `second`. The small views
+    follow and alternate likewise, with `small_size` and `small_scale`.
 
     Raises:
         ConfigError: for an unknown field of `second`, an invalid value, or a mean and std that do not fit the data set.

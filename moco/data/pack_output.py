@@ -113,7 +113,7 @@ def _image_difference(found: dict[str, Any], requested: dict[str, Any]) -> str:
         old, new = found["data.label_column"], requested["data.label_column"]
         return f"other labels or classes of the same images (data.label_column={old!r}; now {new!r})"
     counts = [", ".join(f"{split['count']:,} {name}" for name, split in each.items()) for each in both]
-    return f"other images, or images whose size or time differs ({counts[0]}; now {counts[1]})"
+    return f"other images, or image files whose size or modification time differs ({counts[0]}; now {counts[1]})"
 
 
 def begin(output: Path, requested: dict[str, Any]) -> None:

@@ -16,12 +16,12 @@ _LOCAL_PATHS = {"eval_root", "more_roots", "label_file", "label_separator"}
 # Not taken from a file: `download` and `allow_pipe`, which only the user may set, and `weights`, which only pretraining
 # uses.
 _NEVER = {"download", "allow_pipe", "weights"}
-# Fields that a command names if it may not take them from a file, in their order.
+# Fields to repeat on the command line if they may not be taken from a file, in the order of that command line.
 _REPEATED = ("root", "more_roots", "eval_root", "label_file", "label_separator")
 
 
 def fields_to_repeat(recorded: Mapping[str, Any], trusted: bool) -> dict[str, Any]:
-    """Return the recorded fields that a command must name to use the same images; see `recorded_data`."""
+    """Return the recorded fields to repeat on the command line for the same images; see `recorded_data`."""
     name, root = (str(recorded.get(field) or "") for field in ("name", "root"))
     unused = name in SOURCES and not SOURCES[name].root  # digits need no folder
     if not root or unused or (trusted and not is_remote(name, root)):

@@ -172,7 +172,7 @@ class _Stream(IterableDataset[Any]):
         plan, info = self.plan, get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         slot, slots = plan.rank * workers + worker, plan.processes * workers
-        buffer = max(1, min(self.source.buffer, len(self.source) // slots))  # a larger one would repeat images
+        buffer = max(1, min(self.source.buffer, len(self.source) // slots))  # a larger one could hold an image twice
         start = self.steps.start
         endings = self.source.pixel_format.endings
         ordered = endless(self.source.addresses, plan.seed, start, slot, slots, endings)

@@ -106,8 +106,8 @@ class ShardWriter:
     def size_with(self, content: bytes) -> int:
         """Return the approximate size in bytes of the shard with one more image.
 
-        The padding, of the image to 512 bytes and of the shard to 10,240, is not counted: counting it would divide
-        the images of earlier packs into other shards.
+        The padding, of the image to 512 bytes and of the shard to 10,240, is not counted: counting it would
+        distribute the images over the shards in another way than earlier versions did.
         """
         return self._file.tell() + 3 * tarfile.BLOCKSIZE + len(content)
 

@@ -94,8 +94,8 @@ def load_source(
     Args:
         config: the data set.
         progress: called with (done, total) while images are decoded into memory.
-        keep_unreadable: keep images that cannot be decoded into memory in the source, which raises their errors when
-            they are requested; False: raise the first error now.
+        keep_unreadable: if images are decoded into memory, keep those that cannot be decoded; the source raises their
+            errors when they are requested. False: raise the first error now.
         keep_unlistable: open a data set although some folders cannot be listed; only for folder, imagenet and video.
 
     Raises:

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Self
 
 from moco.data.walk import IMAGE_ENDINGS, is_system_name
 
-# Reasons to skip files. Hidden files (.NAME), those of systems (see `moco.data.walk.SYSTEM_NAMES`) and WebDataset's own
-# (__NAME__) belong to no sample and are not counted.
+# Reasons to skip files. Hidden files (.NAME), those of operating systems (see `moco.data.walk.SYSTEM_NAMES`) and
+# WebDataset's own (__NAME__) belong to no sample and are not counted.
 WITHOUT, FURTHER = "samples without an image", "further images of samples that have one"
 MAX_BYTES = 2**28  # the largest image in a shard: without a limit, a few compressed kB could fill the memory
 _MAX_HEADER = 2**20  # bytes of the largest extended header, such as a long name
@@ -93,7 +93,7 @@ def _used(files: list[File], endings: tuple[str, ...]) -> list[File]:
 
 
 def _files(stream: Any, endings: tuple[str, ...]) -> Iterator[File]:
-    """Yield all files and links, without those of systems and WebDataset's own."""
+    """Yield all files and links except hidden ones, those of operating systems and WebDataset's own."""
     with tarfile.open(fileobj=_Stream(stream).unpacked(), mode="r|", tarinfo=_Header) as tar:
         while (info := tar.next()) is not None:
             parts = (part for part in info.name.split("/") if part not in (".", ".."))

@@ -28,7 +28,7 @@ from moco.data.video_file import FRAME_TIMES, VideoFrame, VideoTimes, av, read_f
 from moco.data.walk import VIDEO_ENDINGS, size_and_time
 from moco.runtime.console import progress_bar
 
-# A frame of the data set. The fault of a file is a row, too: its `file` is -1 - the number of the file.
+# A frame of the data set. A file with a fault has one more row, whose field `file` is (-1 - number of the file).
 ROW = np.dtype([("file", "i4"), *FRAME_TIMES.descr])
 _NAME = re.compile(rf"(.+(?:{'|'.join(map(re.escape, VIDEO_ENDINGS))}))@\d+\.\d+", re.IGNORECASE | re.DOTALL)
 
@@ -40,7 +40,7 @@ class VideoFile(NamedTuple):
     first: int = 0  # presentation time of its first frame, in units of the time base
     time_base: Fraction = Fraction(1)  # seconds
     digits: int = 3  # decimal places of the times in names
-    kind: str = ""  # its fault, as of an `ImageError`, or ""
+    kind: str = ""  # kind and reason of its fault, as in an `ImageError`; "" if it has none
     reason: str = ""
 
 

@@ -28,7 +28,7 @@ LATE = Fraction(1, 2)
 
 
 class VideoTimes(NamedTuple):
-    """The frames of a file; `kind` and `reason` are its fault, as of an `ImageError`, or ""."""
+    """The frames of a file; `kind` and `reason` describe its fault, as in an `ImageError`, or are "" without one."""
 
     frames: NDArray[np.void]  # of `FRAME_TIMES`, one per frame, in the order of presentation
     time_base: Fraction = Fraction(1)  # seconds

@@ -175,7 +175,7 @@ class View:
 
     @property
     def brightness_shift(self) -> float:
-        """How far `brightness` moves the mean of a channel, in standard deviations of the data set; the largest."""
+        """The most that `brightness` moves the mean of any channel, in standard deviations of the data set."""
         return max(self.brightness * abs(mean) / std for mean, std in zip(self.mean, self.std, strict=True))
 
     @property

@@ -21,7 +21,7 @@ VIDEO_ENDINGS = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".m2ts", ".ts"),
     *(".wmv", ".asf", ".flv", ".ogv", ".3gp", ".3g2", ".mxf"),
 )
-# PIL's names of the formats of these endings. Only they may be opened: PIL's EPS reader, for example, runs another
+# PIL's names of the formats of `IMAGE_ENDINGS`. Only they may be opened: PIL's EPS reader, for example, runs another
 # program. Its JPEG reader also opens a JPEG that contains a second image, whose format it calls MPO.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 # Files and folders of operating systems, storage devices and editors, in lower case. They may hold images: thumbnails,
@@ -116,5 +116,5 @@ def size_and_time(path: str) -> tuple[int, int]:
 
 
 def is_system_name(name: str) -> bool:
-    """Return whether a file or folder of this name is hidden, or belongs to a system; see `SYSTEM_NAMES`."""
+    """Return whether a file or folder of this name is hidden or one of `SYSTEM_NAMES`."""
     return name.startswith(".") or name.lower() in SYSTEM_NAMES

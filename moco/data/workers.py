@@ -39,7 +39,7 @@ def start_worker(worker: int) -> None:
 
 
 def _end_after(parent: int) -> None:
-    """End this process when its parent has ended; it then gets another one."""
+    """End this process when its parent has ended: `getppid` then returns another number."""
     while os.getppid() == parent:
         time.sleep(2)
     os._exit(1)
@@ -184,7 +184,7 @@ class _ChildHandler:
 
 
 def _reraise(error: RuntimeError, field: str) -> None:
-    """Raise the LoaderError of torch's error about its processes; raise any other error unchanged."""
+    """Raise a LoaderError in place of torch's error about loader processes; raise any other error unchanged."""
     message = str(error)
     if isinstance(error.__cause__, LoaderError):  # raised by the handler while torch waited for an item
         raise error.__cause__ from error

@@ -48,7 +48,7 @@ class DetectorSettings:
     norm: bool = True
     bn: str = "sync"
     width: int = 256
-    anchor_sizes: tuple[float, ...] = ()  # empty: by the strides
+    anchor_sizes: tuple[float, ...] = ()  # empty: the default of the detector
 
 
 class Padding(nn.Module):

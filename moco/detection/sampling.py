@@ -1,8 +1,8 @@
 """The loss of a detector on the global batch, so that W processes train as one.
 
 torchvision's R-CNNs draw the anchors and proposals for the loss at random, and divide each loss by the number drawn in
-the batch of one process. Here what is drawn is a function of the key of the image, and each loss is divided by the
-number in the global batch.
+the batch of one process. Here the draw for an image depends only on its key, a number computed from (seed, epoch,
+sample index), and each loss is divided by the number drawn in the global batch.
 
 Legend: W processes, a anchors or proposals of an image.
 """

@@ -56,7 +56,7 @@ def load_detector(path: str | Path) -> Detector:
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ForeignFileError: for another or a damaged file.
+        ForeignFileError: if the file is damaged, or is not a detector of moco.detect.
     """
     file = Path(path)
     if not file.exists():

@@ -26,11 +26,13 @@ def read_voc(root: Path, splits: Sequence[str], classes: Sequence[str], drop: bo
         root: VOCdevkit, the folder above it, or one with JPEGImages.
         splits: YEAR/NAME, or NAME for a root with JPEGImages.
         classes: their names, in the order of their numbers.
-        drop: leave out boxes without an area, or outside of their image, instead of refusing them.
-        training: train on difficult objects, as Detectron2 does; the evaluation ignores them.
+        drop: leave out boxes that have no area or reach outside their image, instead of refusing them.
+        training: whether the splits are for training. Then difficult objects are used, as in Detectron2; else they are
+            marked as ignored.
 
     Raises:
-        ConfigError: for missing or damaged files, an unknown class, and a box without an area or outside of its image.
+        ConfigError: for missing or damaged files, an unknown class, or a box that has no area or reaches outside its
+            image.
     """
     images, objects = [], 0
     for split in splits:
@@ -57,7 +59,7 @@ def _names(base: Path, split: str) -> list[str]:
 
 
 def _image(base: Path, name: str, classes: Sequence[str], drop: bool, training: bool) -> tuple[BoxedImage, int]:
-    """Read an image and the number of its objects, with those left out."""
+    """Read the annotation of an image; also return the number of its objects, including those that are left out."""
     path = Path(existing_path(str(base / "Annotations" / f"{name}.xml")))
     try:
         page = ElementTree.parse(path).getroot()

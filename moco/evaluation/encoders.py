@@ -13,7 +13,10 @@ from moco.interop.encoder_file import EncoderFile
 
 
 def fields_of_encoder(name: str) -> dict[str, Any]:
-    """Return the fields `run` and `checkpoint` of an encoder: its name is a run, a file, or on the Hugging Face Hub."""
+    """Return the fields `run` and `checkpoint` of an encoder.
+
+    Its `name` is a run directory, a file, or a name on the Hugging Face Hub.
+    """
     is_run = not name.startswith(HUB) and Path(name).is_dir()
     return {"run": name if is_run else "", "checkpoint": "" if is_run else name}
 
@@ -22,7 +25,7 @@ def open_encoders(own: EncoderFile, names: Sequence[str], command: str) -> dict[
     """Read the encoder file of each entry of `encoders`; that of "pretrained" and of "untrained" is `own`.
 
     Raises:
-        ConfigError: for a file that cannot be read, or an encoder of other images than RGB, which `command` reads.
+        ConfigError: for a file that cannot be read, or an encoder whose images are not RGB: `command` reads RGB only.
     """
     found = dict[str, EncoderFile]()
     for name in names:

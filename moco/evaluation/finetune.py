@@ -111,7 +111,7 @@ def set_up(task: Task[FinetuneConfig]) -> Finetuning:
 
 
 def view_of(config: FinetuneConfig, subject: Subject) -> View:
-    """Return the training view: the first view of the encoder's run, or else `DEFAULT_VIEW`, as `view` changes it.
+    """Return the training view: the first one of the encoder's run, or else `DEFAULT_VIEW`, with the changes in `view`.
 
     Its size, mean and std are those of the evaluation.
 

@@ -45,7 +45,7 @@ class Accuracy(NamedTuple):
 
     mean: float
     std: float
-    draws: int  # or images
+    draws: int  # number of draws; for retrieval, of images
 
     def __str__(self) -> str:
         return f"{self.mean:.1f} %" + (f" ± {self.std:.1f}" if self.draws > 1 else "")

@@ -269,14 +269,14 @@ def _details(config: LinearConfig, probe: Probe) -> dict[str, Any]:
 
 
 def _settings(config: LinearConfig) -> dict[str, Any]:
-    """Return the fields of the protocol's kind."""
+    """Return the fields that protocols of this kind, sweep or official, use."""
     of_kind = ["official", "augment"] if config.kind == "official" else ["sweep"]
     values = asdict(config)
     return {name: values[name] for name in ["kind", "epochs", "batch_size", "momentum", "seed", "seeds", *of_kind]}
 
 
 def changed_settings(config: LinearConfig) -> dict[str, Any]:
-    """Return the settings that differ from those of configs/protocol/; none of a protocol that is not there."""
+    """Return the settings that differ from the protocol's file in configs/protocol/; {} if it has no file there."""
     protocol = f"protocol/{config.protocol}"
     names = _settings(config) if evaluation.yaml_fields(protocol) else {}
     return evaluation.changed_settings(config, protocol, names)

@@ -138,7 +138,8 @@ def duplicate_groups(
     """Form groups of a row to keep and the rows that have a similarity of at least `threshold` to it.
 
     Rows are taken in `order`. A row that is in no group yet is kept, and every later row that is similar enough to it
-    and in no group yet joins its group. Two rows that only resemble a third one are thus not linked.
+    and in no group yet joins its group. So every row of a group is similar to its kept row; a similarity to another row
+    of the group is not enough.
 
     Args:
         features, threshold, block, device: see `rows_with_neighbor`.

@@ -268,7 +268,8 @@ def test_other_folders_and_changed_images_are_refused(tmp_path: Path) -> None:
     packed(tmp_path / "out", root)
     (root / "cat" / "00.jpg").write_bytes(encoded(noise(77), "JPEG"))
     with pytest.raises(
-        ConfigError, match=r"other images, or images whose size or time differs \(12 train; now 12 train\)"
+        ConfigError,
+        match=r"other images, or image files whose size or modification time differs \(12 train; now 12 train\)",
     ):
         packed(tmp_path / "out", root)
     with pytest.raises(ConfigError, match=r"data\.labels=none \(now folder\) and data\.name=|data\.labels=none"):
