@@ -82,7 +82,7 @@ def _jittered(r, g, b, operation, factor, mean):
 
 @triton.jit
 def _load(crops, sample, at, inside, PIXELS: tl.constexpr, WHITE: tl.constexpr):
-    """Load pixels of a sample as red, green and blue in 0 ... 1."""
+    """Load pixels of a sample as red, green and blue: integers are scaled to 0 ... 1, float32 is kept."""
     start = crops + sample.to(tl.int64) * (3 * PIXELS) + at
     r = tl.load(start, inside, 0).to(tl.float32)
     g = tl.load(start + PIXELS, inside, 0).to(tl.float32)

@@ -36,7 +36,7 @@ class MoCoConfig(MethodConfig):
     """Train on the classes of the training images: keys of the query's class in the queue are positives too (SupMoCo,
     Majumder et al., 2021)."""
     margin: float = bounded(0.0, ge=0)
-    """Margin that is subtracted from the similarity of positives (see margin_kind); 0: no margin."""
+    """Margin m that lowers the similarity of positives, see margin_kind; 0: no margin."""
     margin_kind: str = bounded("arc", choices=("arc", "cosine"))
     """How margin m changes a positive's cosine: arc, cos(theta + m) with m in radians (Deng et al., 2019, Eq. 3);
     cosine, cos(theta) - m (Wang et al., 2018)."""

@@ -27,15 +27,14 @@ class SimCLRConfig(MethodConfig):
     base_temperature: float | None = bounded(None, gt=0)
     """Multiply the loss by T / base_temperature (Khosla et al., 2020, official code: 0.07); null: no factor."""
     margin: float = bounded(0.0, ge=0)
-    """Margin that is subtracted from the similarity of positives (see margin_kind); needs candidates=other_view; 0: no
-    margin."""
+    """Margin m that lowers the similarity of positives, see margin_kind; needs candidates=other_view; 0: no margin."""
     margin_kind: str = bounded("arc", choices=("arc", "cosine"))
     """How margin m changes a positive's cosine: arc, cos(theta + m) with m in radians (Deng et al., 2019, Eq. 3);
     cosine, cos(theta) - m (Wang et al., 2018)."""
     decoupled: bool = False
     """Leave the positives out of the denominator of the softmax (Yeh et al., 2022, decoupled contrastive learning)."""
     positives_mean: str = bounded("outside", choices=("outside", "inside"))
-    """With several positives per anchor (labels, or three and more views): take their mean outside the logarithm (L_out
+    """With several positives per anchor (labels, or three or more views): take their mean outside the logarithm (L_out
     of Khosla et al., 2020, Eq. 2) or inside (L_in, Eq. 3)."""
 
     def check(self, config: TrainConfig) -> None:
