@@ -12,6 +12,10 @@ from moco.config.subject import check_subject
 class SearchConfig(EmbedConfig):
     """Find similar images, near-duplicates or outliers. The features are computed once and kept for later searches."""
 
+    output: str = bounded("", path=True)
+    """Directory for the results, in its folder search/. Empty: the directory of `index`; without index, the run's
+    directory; for an encoder.safetensors of moco.train, the directory that holds it; for any other
+    checkpoint=.../NAME.ending, runs/NAME."""
     index: str = bounded("", path=True)
     """Directory with the output of moco.embed; empty: features/ in `output`, computed if they do not exist."""
     mode: str = bounded("nearest", choices=("nearest", "duplicates", "outliers"))
