@@ -46,7 +46,7 @@ class Tree:
 
 
 def walk(folder: str, endings: tuple[str, ...] = IMAGE_ENDINGS, table: str = "") -> Tree:
-    """Find all images below a folder, files with one of the endings, and what else is there, except the file `table`.
+    """Find all images below a folder: the files with one of the endings. Other files are counted; `table` is skipped.
 
     Links are followed, and each real folder counts once, so a link to a parent folder is harmless. Links are followed
     after all folders, in the order of their names: a folder to which a link points keeps its own name, in whatever

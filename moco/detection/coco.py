@@ -156,10 +156,12 @@ def _box(where: str, entry: Mapping[str, Any], image: Mapping[str, Any], drop: b
 def checked_box(
     where: str, box: tuple[float, float, float, float], size: tuple[int, int], drop: bool
 ) -> tuple[float, ...] | None:
-    """Return a box (left, top, right, bottom), clipped to its image (W, H); None for a bad box to leave out.
+    """Return a box (left, top, right, bottom), clipped to its image (W, H).
+
+    A box is bad if it has no area, or reaches more than `TOLERANCE` outside its image. With `drop`, None for a bad box.
 
     Raises:
-        ConfigError: for a bad box, unless `drop`.
+        ConfigError: for a bad box, without `drop`.
     """
     left, top, right, bottom = box
     outside = max(-left, -top, right - size[0], bottom - size[1]) > TOLERANCE

@@ -108,7 +108,10 @@ def _content_groups(source: Source, rows: Tensor, heartbeat: Callable[[], None])
 
 
 def images_used(length: int, batch_size: int) -> int:
-    """Return M for a source of `length` images: full batches, at most `MOST_IMAGES` images unless one has more."""
+    """Return M for a source of `length` images, a multiple of the batch size.
+
+    M is at most `MOST_IMAGES`, unless a single batch is larger.
+    """
     return min(length // batch_size, max(1, MOST_IMAGES // batch_size)) * batch_size
 
 

@@ -36,7 +36,7 @@ class KnnSettings:
     labels_per_class: int = 0  # labeled references per class; 0: all references, once
     draws: int = 100  # repetitions, each with other labeled references
     seed: int = 0  # of the draws
-    query_chunk: int = 1024  # queries at once; this and the next bound memory and change no result
+    query_chunk: int = 1024  # queries at once; both chunk sizes bound the memory, and do not change results
     bank_chunk: int = 65536  # references at once
 
 
