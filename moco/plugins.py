@@ -48,7 +48,7 @@ class Registry(dict[str, T]):
 
     @property
     def added(self) -> list[str]:
-        """Return the names of plug-ins."""
+        """Return the names that plug-ins have added."""
         return [name for name in self if name not in self._shipped]
 
     def __setitem__(self, name: str, value: T) -> None:
@@ -135,14 +135,16 @@ def recorded() -> dict[str, Any]:
 
 @contextmanager
 def naming_plugins(source: object, config: Mapping[str, Any]) -> Iterator[None]:
-    """Name the plug-ins that a recorded configuration names, if an unknown name in it may come from one of them.
+    """Turn the error for an unknown name into one that says which `plugins=` to add, if plug-ins are missing.
+
+    Plug-ins are missing if the recorded configuration lists plug-ins that this process has not loaded.
 
     Args:
         source: the run or file that holds the configuration, for the error.
         config: the configuration. None of its plug-ins is imported.
 
     Raises:
-        ConfigError: instead of an UnknownName.
+        ConfigError: in place of an UnknownName, if plug-ins are missing.
     """
     try:
         yield
@@ -158,7 +160,7 @@ def naming_plugins(source: object, config: Mapping[str, Any]) -> Iterator[None]:
 
 def missing_plugins(config: Mapping[str, Any]) -> str:
     """Return the argument that loads the plug-ins of a recorded configuration; "" if all of them are loaded."""
-    names = config.get("plugins")  # a list, or their versions by name
+    names = config.get("plugins")  # a list of modules, or a dict of their versions
     missing = [str(each) for each in names if each not in _loaded] if isinstance(names, list | Mapping) else []
     return f"plugins=[{','.join([*_loaded, *missing])}]" if missing else ""
 
@@ -173,4 +175,4 @@ def warn_of_other_versions(before: Any) -> None:
         then = before.get(name, version) if isinstance(before, Mapping) else version
         if then != version:
             message = f"plugins=[{name}] has version {version}, and the run was made with version {then}"
-            warnings.warn(f"{message}: its numbers may change", RunWarning, stacklevel=2)
+            warnings.warn(f"{message}: results may change", RunWarning, stacklevel=2)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 _ORANGE = (255.0, 140.0, 26.0)
 _STRONGEST = 0.8  # opacity of the color on the most attended patch: the image stays visible
-_GRAY = 0.7  # scales the image's brightness, so that white stays darker than the color
+_GRAY = 0.7  # scales the brightness of the gray image, so that the color stands out from white areas
 
 
 @torch.no_grad()

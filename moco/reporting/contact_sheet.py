@@ -15,15 +15,15 @@ from moco.reporting.gallery import TILE, Section, Tile
 from moco.reporting.markup import plain_utf8, thumbnail
 
 _GAP, _LINE = 12, 18  # pixels: between tiles, and the height of a line of text
-_INK, _SOFT, _MARK, _BORDER, _BACK = "#1c1c1e", "#6b6b70", "#0a6cce", "#dcdce0", "#f2f2f4"
+_TEXT, _SECONDARY_TEXT, _MARKED_BORDER, _BORDER, _BACKGROUND = "#1c1c1e", "#6b6b70", "#0a6cce", "#dcdce0", "#f2f2f4"
 
 
 def write_png(path: Path, title: str, about: str, sections: Iterable[Section], columns: int = 8) -> None:
     """Write all tiles as one image, which is drawn in memory."""
     width = _GAP + columns * (TILE + _GAP)
-    strips = [_text(width, title, 24, _INK), _text(width, about, 12, _SOFT)]
+    strips = [_text(width, title, 24, _TEXT), _text(width, about, 12, _SECONDARY_TEXT)]
     for section in sections:
-        strips.append(_text(width, section.title, 13, _INK))
+        strips.append(_text(width, section.title, 13, _TEXT))
         for start in range(0, len(section.tiles), columns):
             strip = Image.new("RGB", (width, TILE + 3 * _LINE), "white")
             for i, tile in enumerate(section.tiles[start : start + columns]):
@@ -45,13 +45,14 @@ def _text(width: int, text: str, size: int, color: str) -> Image.Image:
 
 def _draw_tile(strip: Image.Image, left: int, tile: Tile) -> None:
     draw = ImageDraw.Draw(strip)
-    border, line_width = (_MARK, 2) if tile.marked else (_BORDER, 1)
-    draw.rectangle((left - 2, 0, left + TILE + 1, TILE + 3), _BACK, border, line_width)
+    border, line_width = (_MARKED_BORDER, 2) if tile.marked else (_BORDER, 1)
+    draw.rectangle((left - 2, 0, left + TILE + 1, TILE + 3), _BACKGROUND, border, line_width)
     if tile.image is not None:
         small = thumbnail(tile.image, TILE)  # smaller images are enlarged with visible pixels
-        strip.paste(ImageOps.pad(small, (TILE, TILE), Image.Resampling.NEAREST, _BACK), (left, 2))
+        strip.paste(ImageOps.pad(small, (TILE, TILE), Image.Resampling.NEAREST, _BACKGROUND), (left, 2))
     headline = f"{tile.headline} · {tile.detail}" if tile.detail else tile.headline
-    rows = [(headline, ImageFont.load_default(13), _INK), (Path(tile.caption).name, ImageFont.load_default(12), _SOFT)]
+    name = Path(tile.caption).name
+    rows = [(headline, ImageFont.load_default(13), _TEXT), (name, ImageFont.load_default(12), _SECONDARY_TEXT)]
     for i, (text, font, color) in enumerate(rows):
         draw.text((left, TILE + 5 + i * _LINE), _fit(text, font, TILE), color, font)
 

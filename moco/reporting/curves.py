@@ -84,7 +84,7 @@ _KNOWN = {
     "analysis/effective_rank": _Known("Effective rank of the features (higher: more directions in use)"),
     "analysis/alpha_req": _Known("Decay of the features' spectrum (α-ReQ; 1 is good)"),
     "analysis/spread": _Known("Spread (1 uniform, 0 one point)"),
-    "analysis/std_lowest": _Known("Lowest standard deviation over dimensions (0: collapsed)"),
+    "analysis/std_lowest": _Known("Lowest standard deviation of a dimension (0: collapsed)"),
     "analysis/loss_unshuffled": _Known(
         "Loss without shuffled BN (much lower: BN leaks)", "nats", references=("analysis/loss_shuffled",)
     ),
@@ -119,8 +119,8 @@ def charts(
     order = [name for name in _KNOWN if name in shown] + [name for name in shown if name not in _KNOWN]
     drawn, single = list[Chart](), dict[str, list[str]]()
     by_kind = [(name, each) for name in order for each in _by_kind(name, runs, (kinds or {}).get(name, {})).items()]
-    for name, (kind, alike) in by_kind:
-        recorded_values = [runs[run][name][1] for run in alike]
+    for name, (kind, same_kind) in by_kind:
+        recorded_values = [runs[run][name][1] for run in same_kind]
         values = {value for each in recorded_values for value in each}
         known = _KNOWN.get(name, _Known(name.rpartition("/")[2].replace("_", " ").capitalize()))
         if len(values) == 1 and not known.references:
@@ -130,22 +130,22 @@ def charts(
             text = "" if math.isnan(value) else f": {number(value * known.scale)} {known.unit}".rstrip()
             single.setdefault(reason, []).append(f"{known.title}{kind}{text}")
         else:
-            drawn.append(_chart(name, kind, known, runs, alike))
+            drawn.append(_chart(name, kind, known, runs, same_kind))
     return drawn, single
 
 
 def _by_kind(name: str, runs: Mapping[str, Series], kinds: Mapping[str, str]) -> dict[str, list[str]]:
-    """Return the runs that recorded a metric, by its kind."""
+    """Return the runs that recorded a metric, grouped by the kind of its values; see `charts`."""
     found: dict[str, list[str]] = {}
     for run in [run for run, series in runs.items() if name in series]:
         found.setdefault(kinds.get(run, ""), []).append(run)
     return found
 
 
-def _chart(name: str, kind: str, known: _Known, runs: Mapping[str, Series], alike: Sequence[str]) -> Chart:
+def _chart(name: str, kind: str, known: _Known, runs: Mapping[str, Series], same_kind: Sequence[str]) -> Chart:
     curves = []
     several = len(runs) > 1
-    for i, run in [(i, run) for i, run in enumerate(runs) if run in alike]:
+    for i, run in [(i, run) for i, run in enumerate(runs) if run in same_kind]:
         for each in [each for each in (name, *known.references) if each in runs[run]]:
             x, y = thinned(*runs[run][each])
             metric = each.rpartition("/")[2].replace("_", " ")

@@ -77,11 +77,11 @@ class Map:
     groups: Mapping[str, Sequence[str]]  # by coloring, "label" or "cluster": the group of each image
 
 
-def figure(each: Map, images: Sequence[int]) -> dict[str, Any]:
+def figure(drawn: Map, images: Sequence[int]) -> dict[str, Any]:
     """Return a map's points and traces for the page's script; `images` are the numbers from `Figures.add_image`."""
-    x, y = each.places.round(3).T.tolist()
+    x, y = drawn.places.round(3).T.tolist()
     colorings = {}
-    for kind, groups in each.groups.items():
+    for kind, groups in drawn.groups.items():
         traces, legend = [], []
         for number, (name, rows) in enumerate(_grouped(groups).items()):
             color = REFERENCE_COLOR if name == _OTHERS else PALETTE[number % len(PALETTE)]
@@ -105,9 +105,9 @@ def figure(each: Map, images: Sequence[int]) -> dict[str, Any]:
         "colorings": colorings,
         "x": x,
         "y": y,
-        "names": [plain_utf8(name) for name in each.names],
+        "names": [plain_utf8(name) for name in drawn.names],
         "images": list(images),
-        "groups": {kind: [plain_utf8(group) for group in groups] for kind, groups in each.groups.items()},
+        "groups": {kind: [plain_utf8(group) for group in groups] for kind, groups in drawn.groups.items()},
     }
 
 

@@ -29,7 +29,7 @@ from moco.reporting.run_record import Run
 from moco.runtime.console import progress_bar
 
 _MOST_CLUSTERS = 20  # if config.clusters is not set: one per class, up to this number
-_CLUSTERS = 10  # number of clusters without labels
+_CLUSTERS = 10  # number of clusters if the images have no labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,12 +45,12 @@ class ImageFeatures:
 
 
 def compute_features(config: ReportConfig, run: Run, device: torch.device) -> ImageFeatures:
-    """Open the run's data and compute features of the images that the report draws.
+    """Open the run's data and compute features of the images to show and of the reference images.
 
     Raises:
         FileNotFoundError, ValueError: for missing or unsuitable data, or an invalid checkpoint.
     """
-    # data.resident would decode all images of a folder, but the report needs only a few thousand.
+    # The run's data.resident=true would decode all images of a folder, but the report needs only a few thousand.
     data = replace(config.data, resident=bool(config.data.resident))
     encoder = SubjectConfig(checkpoint=str(run.checkpoint), data=data, images_at_once=config.images_at_once)
     subject = open_subject(encoder)
@@ -64,7 +64,7 @@ def compute_features(config: ReportConfig, run: Run, device: torch.device) -> Im
     references = sources.bank or sources.train
     source = sources.held_out or references
 
-    def draw(source: Source, count: int, title: str) -> ImageSet:
+    def sample(source: Source, count: int, title: str) -> ImageSet:
         rows = permutation(config.seed, 0, len(source), REPORT)[: count or None].tolist()
 
         def features(rows: Sequence[int]) -> ImageSet:
@@ -84,8 +84,8 @@ def compute_features(config: ReportConfig, run: Run, device: torch.device) -> Im
                 raise
             return features([row for row in rows if row not in unreadable])
 
-    shown = draw(source, config.pictures, "images")
-    compared = draw(references, config.references, "references")
+    shown = sample(source, config.pictures, "images")
+    compared = sample(references, config.references, "references")
     held_out, unreadable = sources.held_out is not None, min(config.pictures, len(source)) - len(shown)
     return ImageFeatures(backbone, subject.transform, shown, compared, held_out, unreadable)
 
@@ -114,8 +114,8 @@ def neighbors(config: ReportConfig, images: ImageFeatures) -> tuple[list[tuple[s
     """Return titles and tiles of query images with their nearest references, and a caption."""
     shown, references = images.shown, images.references
     queries = np.arange(min(config.queries, len(shown)))
-    at = {int(row): i for i, row in enumerate(references.rows)} if references.source is shown.source else {}
-    exclude = np.array([at.get(int(shown.rows[i]), -1) for i in queries], np.int64)
+    position_of = {int(row): i for i, row in enumerate(references.rows)} if references.source is shown.source else {}
+    exclude = np.array([position_of.get(int(shown.rows[i]), -1) for i in queries], np.int64)
     scores, found = nearest(references.features, shown.features[queries], config.neighbours, exclude)
     yes, no, shared = "same", "different", "have their query's label"
     if shown.source.multi_labels is not None:
@@ -143,7 +143,7 @@ def neighbors(config: ReportConfig, images: ImageFeatures) -> tuple[list[tuple[s
 def attention(config: ReportConfig, images: ImageFeatures, device: torch.device) -> tuple[list[Tile], str] | None:
     """Return tiles of the query images with their attention maps, and a caption.
 
-    None without query images, and for networks of which `class_attention` returns none.
+    None if there are no query images, or if `class_attention` returns None for the network.
     """
     count, transform = min(config.queries, len(images.shown)), images.transform
     if not count:

@@ -35,11 +35,11 @@ class Figures:
         rows = list(curves.table_rows(chart))
         return part("chart", id, chart.title, chart.unit, curves.summary(chart), columns, rows)
 
-    def add_map(self, each: image_map.Map, images: Sequence[int]) -> Markup:
+    def add_map(self, drawn: image_map.Map, images: Sequence[int]) -> Markup:
         """Return the element of a map that shows the images with the given numbers."""
         id = f"map-{len(self.maps)}"
-        self.maps[id] = image_map.figure(each, images)
-        return part("map", id, each.title, list(each.groups))
+        self.maps[id] = image_map.figure(drawn, images)
+        return part("map", id, drawn.title, list(drawn.groups))
 
     def data(self) -> dict[str, Any]:
         """Return what the script reads."""

@@ -18,7 +18,7 @@ _IMAGE = 64  # pixels, maximum per side of an image
 _SPRITE = 8192  # pixels, TensorBoard's limit for the side of the sprite, which contains all images
 
 
-def write_projector(run: Run, images: ImageFeatures, each: Map | None) -> Path:
+def write_projector(run: Run, images: ImageFeatures, drawn: Map | None) -> Path:
     """Write features, names, groups and images to projector/ in the run, and return that directory.
 
     Raises:
@@ -27,7 +27,7 @@ def write_projector(run: Run, images: ImageFeatures, each: Map | None) -> Path:
     from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
     folder, shown = run.path / "projector", images.shown
-    groups = each.groups if each else {}
+    groups = drawn.groups if drawn else {}
     columns = [[shown.name(i) for i in range(len(shown))], *groups.values()]
     rows = [[plain_utf8(cell) for cell in row] for row in zip(*columns, strict=True)]
     side = min(_IMAGE, _SPRITE // int(np.ceil(len(shown) ** 0.5)))

@@ -150,7 +150,7 @@ def findings(run: Run) -> list[Alarm]:
     batch_size, epochs = run.get("batch_size", TrainConfig.batch_size), run.get("epochs", math.inf)
     more = {"lr": run.get("optim.lr", math.nan), "starts_trained": run.starts_trained, "source": run.get("data.name")}
     more["shuffled_keys"] = run.get("model.shuffle_keys", False) and run.get("model.bn") == "grouped"
-    more["batch_parts"] = run.get("accumulate", 1)  # the number of processes may be another one
+    more["batch_parts"] = run.get("accumulate", 1)  # without the processes: their number can change when a run resumes
     more["bn_group"] = run.get("model.bn_group_size", 1) if run.get("model.bn") == "grouped" else 1
     if run.images is None and not math.isnan(run.total_steps):
         more["total_steps"] = run.total_steps

@@ -29,8 +29,8 @@ _OPEN = ("accuracy/", "retrieval/", "train/loss", "train/contrast_accuracy")  # 
 _FOLDED = {"train": "Training", "analysis": "Measures of the representation", "speed": "Speed and memory"}
 _BASELINES = {"raw pixels": "raw_pixels", "untrained": "untrained"}  # names of results before the first step
 _PNG, _MOST_BYTES = b"\x89PNG\r\n\x1a\n", 5_000_000  # of an image of predictions
-_CROPS = "two crops of an image find each other"  # the beginning of the name of the retrieval
-_KINDS = ("raw pixels", "untrained", "initialized", "best", "last", "online probe")  # of accuracies
+_CROPS = "two crops of an image find each other"  # how the title of instance retrieval begins
+_ACCURACIES = ("raw pixels", "untrained", "initialized", "best", "last", "online probe")  # rows of the overview
 
 
 def headline(runs: Sequence[Run], alarms: Sequence[Sequence[Alarm]]) -> Markup:
@@ -71,13 +71,16 @@ def _main_facts(run: Run, alarms: Sequence[Alarm]) -> dict[str, str]:
         "optimizer": f"{optim.get('name', '?')}, lr {optim.get('lr', '?')}{per}, {optim.get('schedule', '?')}",
         "training time": duration(run.state["seconds"]) if "seconds" in run.state else "–",
         "kind of accuracy": _kind_of_accuracy(run) if accuracy else "none measured",
-        **{f"accuracy, {kind}": accuracy.get(kind, "–") for kind in _KINDS},
+        **{f"accuracy, {name}": accuracy.get(name, "–") for name in _ACCURACIES},
         "doctor": f"{len(alarms)} finding{'s' * (len(alarms) != 1)}" if alarms else "no findings",
     }
 
 
 def _accuracy(run: Run) -> dict[str, str]:
-    """Return the accuracies during training as text, by kind: from the checkpoint, or else from metrics.jsonl."""
+    """Return the accuracies during training as text, by the names in `_ACCURACIES`.
+
+    They come from the checkpoint, or else from metrics.jsonl.
+    """
     first = "initialized" if run.starts_trained else "untrained"
     history: list[dict[str, Any]] = run.state.get("history") or []
     measure = "retrieval" if _retrieval(run) else "knn"
@@ -94,8 +97,8 @@ def _accuracy(run: Run) -> dict[str, str]:
         return shown
     group = "accuracy" if measure == "knn" else "retrieval"
     series = {**_BASELINES, first: first, "last": measure, "online probe": "probe"}
-    metrics = {kind: f"{group}/{name}" for kind, name in series.items()}
-    return {kind: f"{run.values[name][1][-1]:.1f} %" for kind, name in metrics.items() if name in run.values}
+    metrics = {name: f"{group}/{each}" for name, each in series.items()}
+    return {name: f"{run.values[each][1][-1]:.1f} %" for name, each in metrics.items() if each in run.values}
 
 
 def _kind_of_accuracy(run: Run) -> str:
@@ -160,7 +163,10 @@ def curves(runs: Sequence[Run], figures: Figures) -> Section:
 
 
 def evaluations(run: Run, figures: Figures) -> Markup:
-    """Return results.json as a table, of repeated evaluations only the newest; and the losses of the trainings."""
+    """Return a table of results.json, then the losses and predictions of the networks that the evaluations trained.
+
+    If an evaluation was repeated, only its newest result is shown.
+    """
     found = placed(run.results)
     if not found:
         if not run.labeled:
@@ -209,7 +215,10 @@ def _losses(run: Run, entries: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
 
 
 def _predictions(run: Run, entry: Mapping[str, Any]) -> Markup:
-    """Return the image that moco.segment or moco.detect wrote for an entry of results.json; "" without one."""
+    """Return the image that moco.segment or moco.detect wrote for an entry of results.json.
+
+    "" if there is no such file, or if it is not a PNG of at most `_MOST_BYTES`.
+    """
     file = _beside(run, entry, "predictions.png")
     if file is None:
         return Markup()

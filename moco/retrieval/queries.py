@@ -62,7 +62,7 @@ def query_features(config: SearchConfig, index: Embedding, device: torch.device)
     for name, row in zip(queries, rows, strict=True):
         if row < 0 and not Path(name).is_file():
             state = "is a folder" if Path(name).is_dir() else "does not exist"
-            fix = "name an image file, or an image of the index as in the table that moco.embed wrote"
+            fix = "name an image file, or an image of the index by its path in the table that moco.embed wrote"
             if len(config.query) > 1:
                 example = override("query", ["a, b.jpg"])
                 fix += f"; a comma separates entries: put a path with a comma in quotes, {example}"
@@ -100,7 +100,7 @@ def _rows_of_queries(images: ImageSet, queries: list[str]) -> NDArray[np.int64]:
 
 
 def image_files(names: list[str], pixel_format: PixelFormat) -> FolderSource:
-    """Return image files as a source with this format of pixels."""
+    """Return image files as a source with this pixel format."""
     paths = np.array([str(Path(name).absolute()).encode("utf-8", "surrogateescape") for name in names])
     return FolderSource("", paths, pixel_format=pixel_format)
 

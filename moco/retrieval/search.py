@@ -272,7 +272,10 @@ def _image_or_none(source: Source, i: int) -> Tensor | None:
 
 
 def image_size(images: ImageSet, row: int) -> dict[str, int]:
-    """Return width, height and bytes of an image: from the header of its file, or from the image in memory."""
+    """Return width, height and bytes of an image: from the header of its file, or from the image in memory.
+
+    All three are 0 if the image cannot be read.
+    """
     path = images.source.path(int(images.rows[row]))
     try:
         if path is not None:

@@ -134,7 +134,7 @@ def _refuse_other(folder: Path, there: About, now: About) -> None:
 
 
 def finish(folder: Path, source: Source, table: str, separator: str, state: About | None) -> None:
-    """Write the table (see `write_table`) and give the files their final names, features.npy last.
+    """Write the table (see `write_table`), unreadable.csv and features.json; then rename the features to features.npy.
 
     Without a state the output is already complete, and only a missing table is written.
     """

@@ -51,7 +51,7 @@ _SCHEMA: dict[str, Any] = {
     "skipped": int,  # steps with a non-finite loss or gradient
     "precision": str,
     "data": {"length": int, "sha256": str},
-    "bits": int,  # the significant bits of the images, which follow from them if data.bits is null
+    "bits": int,  # the number of significant bits of the images; found by reading them if data.bits is null
 }
 
 

@@ -1,7 +1,8 @@
 """The rows and columns of a table of results.json, and names that tell them apart.
 
-The keys are derived from all fields of an entry except those in `EXCLUDED`, and for some entries those that `_fields`
-leaves out. A field that is added to entries later thus keeps different evaluations apart without a change here.
+A key identifies each row, and another key each column. Keys are derived from all fields of an entry, except those in
+`EXCLUDED` and those that `_fields` leaves out of some entries. A field that is added to entries later thus keeps
+different evaluations apart without a change here.
 """
 
 import json
@@ -49,7 +50,8 @@ _OPTIONAL = frozenset(
     ]
 )
 _SECTIONS = ("data", "settings", "choice", "look")  # their fields have dotted names
-_NOT_OF_UNTRAINED = frozenset(["weights", "sha256", "projection_sha256"])  # those of the pretrained encoder
+# Fields that are part of no key of the baselines "untrained" and "pixels".
+_NOT_OF_UNTRAINED = frozenset(["weights", "sha256", "projection_sha256"])  # they describe the pretrained encoder
 _NOT_OF_PIXELS = (ENCODER - {"encoder", "look"}) | {"look.mean", "look.std"}
 # How these fields are named; others are named NAME=VALUE. To tell names apart, these are appended first, in this order.
 _WORDS: dict[str, Callable[[Any], str]] = {
@@ -59,7 +61,7 @@ _WORDS: dict[str, Callable[[Any], str]] = {
     "data.bits": lambda value: f"bits={'automatic' if value is None else value}",
     "initial_seed": lambda value: f"seed {value}",
 }
-# Settings that `changed` may lack: rows of one protocol state them if they differ.
+# Settings that the field `changed` of an entry may lack: rows of one protocol state them if they differ.
 _NOT_IN_CHANGED = ("settings.draws", "settings.seeds", "settings.validation")
 _DIGESTS = {"data.sha256": "images or labels", "sha256": "weights", "projection_sha256": "projection head"}
 _LONGEST = 100  # characters of a field in a name
@@ -85,7 +87,8 @@ def placed(
     Different rows have different names, and so do different columns.
 
     An entry of an earlier version lacks fields. If exactly one other row (or column) agrees in all fields that the
-    entry has, and has no others than those in `_OPTIONAL`, the entry belongs to it; otherwise it has its own.
+    entry has, and its other fields are all in `_OPTIONAL`, the entry belongs to it. Otherwise it has a row (or column)
+    of its own.
 
     Args:
         entries: the entries, oldest first.
@@ -93,7 +96,7 @@ def placed(
     """
     visible = [shown(entry) for entry in entries]
     row_keys, column_keys = ([_key(entry, of_encoder) for entry in entries] for of_encoder in (False, True))
-    rows, columns = _whole(row_keys), _whole(column_keys)
+    rows, columns = _completed_keys(row_keys), _completed_keys(column_keys)
     row_names = _named(rows, dict(zip(row_keys, visible, strict=True)), _row_titles)
     column_names = _named(columns, dict(zip(column_keys, visible, strict=True)), _column_titles)
     newest = dict(zip(zip(rows, columns, strict=True), entries, strict=True))
@@ -139,7 +142,8 @@ def _fields(entry: Mapping[str, Any], of_encoder: bool) -> dict[str, Any]:
         without.add("data.root")
     if "backbone_sha256" in found:  # then sha256 covers the projection head, too
         found["projection_sha256"], found["sha256"] = found.get("sha256"), found.pop("backbone_sha256")
-    if isinstance(entry.get("changed"), Mapping):  # a preparation of images that is set belongs to the row
+    # Fields images.* that the command line sets belong to the row, as part of "changed".
+    if isinstance(entry.get("changed"), Mapping):
         without |= {f"look.{each.removeprefix('images.')}" for each in entry["changed"]}
     if entry.get("encoder") in BASELINES:
         without |= _NOT_OF_UNTRAINED if entry["encoder"] == "untrained" else _NOT_OF_PIXELS
@@ -147,7 +151,7 @@ def _fields(entry: Mapping[str, Any], of_encoder: bool) -> dict[str, Any]:
     return {n: value for n, value in kept.items() if (n in ENCODER or n.startswith("look.")) == of_encoder}
 
 
-def _whole(keys: Sequence[Key]) -> list[Key]:
+def _completed_keys(keys: Sequence[Key]) -> list[Key]:
     """Return each key, or instead of it the only larger one that has the same fields and some of `_OPTIONAL`."""
     found: dict[Key, Key] = {}
     for key in sorted(set(keys), key=len, reverse=True):
@@ -165,7 +169,7 @@ def _named(
 
 
 def _row_titles(entries: Sequence[Mapping[str, Any]], keys: Sequence[Key]) -> list[list[str]]:
-    """Return different pairs: command, protocol and settings; and the data."""
+    """Return distinct pairs of texts: the command with its protocol and settings, and the data."""
     titles = [[label(entry), evaluated_on(_mapping(entry.get("data")))] for entry in entries]
     fields = [flatten(_fields(entry, of_encoder=False)) for entry in entries]
     protocols = [[str(entry.get(name)) for name in ("command", "protocol")] for entry in entries]
@@ -185,7 +189,7 @@ def _is_changed(name: str, fields: Mapping[str, Any]) -> bool:
 
 
 def _column_titles(entries: Sequence[Mapping[str, Any]], keys: Sequence[Key]) -> list[list[str]]:
-    """Return different names of encoders, each as a list of one text."""
+    """Return distinct names of encoders, each as a list of one text."""
     fields = [flatten(_fields(entry, of_encoder=True)) for entry in entries]
     titles = [[str(entry.get("encoder", "?"))] for entry in entries]
     for title, each in zip(titles, fields, strict=True):
@@ -200,7 +204,7 @@ def _column_titles(entries: Sequence[Mapping[str, Any]], keys: Sequence[Key]) ->
 
 
 def _run_of(entry: Mapping[str, Any]) -> str:
-    """Return a comma and the folder that holds the encoder, for a checkpoint the run; "" if it is unknown."""
+    """Return a comma and the folder of the encoder's file, or the run of a checkpoint; "" if it is unknown."""
     folder = Path(str(entry.get("source", ""))).parent
     name = (folder.parent if folder.name == "checkpoints" else folder).name
     return f", {name}" * bool(name)
@@ -244,8 +248,8 @@ def _tell_apart(
 def _tell_others_apart(titles: list[list[str]], part: int, keys: Sequence[Key]) -> None:
     """Extend equal titles with different keys: name the fields that differ from those of the first key.
 
-    Titles with the first key stay as they are. A number follows if these fields have several other values. A digest is
-    named only if nothing else differs. `titles` and `part`: see `_tell_apart`.
+    Titles with the first key stay as they are. If several other keys differ in the same fields, a number tells them
+    apart. A digest is named only if nothing else differs. `titles` and `part`: see `_tell_apart`.
     """
     for same in _equal(titles):
         others, counts = {keys[same[0]]: ""}, Counter[str]()
@@ -286,7 +290,7 @@ def data_name(data: Mapping[str, Any]) -> str:
 
 
 def evaluated_on(data: Mapping[str, Any]) -> str:
-    """Return the name of an entry's data set, where its held-out images come from, and which of them were seen."""
+    """Return the name of an entry's data set and the source of its held-out images; note those seen in training."""
     share = data.get("hold_out")
     parts = [data.get(name) for name in ("eval_root", "eval_file")] if data.get("name") in (None, *FOLDERS) else []
     held_out = " ".join(str(each) for each in parts if each)
@@ -298,7 +302,7 @@ def evaluated_on(data: Mapping[str, Any]) -> str:
 
 
 def chosen_neighbors(entry: Mapping[str, Any]) -> str:
-    """Return k and temperature of an entry of moco.knn, which may have been chosen; "" for other commands."""
+    """Return the k and temperature that an entry of moco.knn used, set or chosen; "" for other commands."""
     settings = entry.get("settings") or {}
     if entry.get("command") != "knn" or not {"k", "temperature"} <= settings.keys():
         return ""

@@ -89,7 +89,7 @@ def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] 
 
     Raises:
         ConfigError: if another process trains in the directory, or if it holds other files, a damaged config.yaml,
-            renamed checkpoints, or a checkpoint of a run with another configuration.
+            renamed checkpoints, or a run with another configuration.
     """
     file, checkpoints = path / "config.yaml", path / "checkpoints"
     holds_run = file.exists() or checkpoints.is_dir()
@@ -141,7 +141,7 @@ def run_of(path: Path) -> Path | None:
 
 
 def no_directory_message(path: Path, field: str = "run") -> str:
-    """Return the message for a path in `field`, in place of the directory of a run, that is no directory."""
+    """Return the message for a `field` that must name the directory of a run and names something else."""
     if not path.exists():
         return f"{field}={path} does not exist: name the directory of a run, e.g. {field}=runs/digits"
     run = run_of(path)
@@ -198,11 +198,11 @@ def _is_usable(path: Path) -> bool:
 
 
 def _renamed(path: Path) -> str:
-    """Return the message for a run in which no checkpoint has a name that moco gives; "" for another run."""
+    """Return the message for a run whose checkpoints all have names that moco does not give; "" for another run."""
     files = sorted((path / "checkpoints").glob("*.pt"))
     if not files or list_checkpoints(path / "checkpoints"):
         return ""
-    return f"run={path} has no checkpoint, but {files[0]}: name it step_NUMBER.pt, as moco does"
+    return f"run={path} has no checkpoint named step_NUMBER.pt, but has {files[0]}: rename it to step_NUMBER.pt"
 
 
 def _is_remnant(file: Path) -> bool:

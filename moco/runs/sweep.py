@@ -14,7 +14,7 @@ from moco.runtime.preemption import handle_stop_signals
 class Ended(NamedTuple):
     """How a process ended."""
 
-    status: int  # below 0: the signal that ended it
+    status: int  # exit status; -N if signal N ended it
     stopped_by: int  # the first signal that arrived here meanwhile; 0: none
 
 

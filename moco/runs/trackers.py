@@ -24,7 +24,7 @@ from moco.files import atomic_write
 
 _PROJECT = "moco"  # unless an environment variable of the tracker names another
 _WAIT = 60.0  # seconds that the end of a run waits for a server
-# Of MLflow: characters of a parameter's value; of a name of a parameter or metric, or of a run.
+# MLflow's limits in characters: for the value of a parameter, and for the name of a parameter, a metric or a run.
 _LONGEST_VALUE, _LONGEST_NAME = 6000, 250
 _IN_MLFLOW = {"%": "percent", ", ": " - "}  # what moco's names have and MLflow refuses
 
@@ -37,10 +37,10 @@ class Wandb:
 
     def __init__(self, path: Path, config: Mapping[str, Any], step: int) -> None:
         known = _read_id(path, "wandb") if step else None
-        name = known or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(8)
+        run_id = known or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(8)
         self._wandb = _import("wandb")
-        self._run = _wandb_run(path, name, {**config, "commit": _commit()})
-        _write_id(path, "wandb", name)
+        self._run = _wandb_run(path, run_id, {**config, "commit": _commit()})
+        _write_id(path, "wandb", run_id)
 
     @staticmethod
     def check() -> None:
@@ -52,9 +52,9 @@ class Wandb:
     @staticmethod
     def add_results(path: Path, values: Mapping[str, float], step: int) -> None:
         """Add the results of an evaluation to the summary of the run that was trained in `path`, if there is one."""
-        if name := _read_id(path, "wandb"):
+        if run_id := _read_id(path, "wandb"):
             Wandb.check()
-            run = _wandb_run(path, name, None)
+            run = _wandb_run(path, run_id, None)
             try:
                 run.summary.update(dict(values))
             finally:
@@ -90,14 +90,14 @@ def _online(wandb: Any) -> bool:
     return bool(wandb.setup().settings.mode == "online")
 
 
-def _wandb_run(path: Path, name: str, config: Mapping[str, Any] | None) -> Any:
+def _wandb_run(path: Path, run_id: str, config: Mapping[str, Any] | None) -> Any:
     """Open a run by its id. Its files are in `path`/wandb."""
     wandb = _import("wandb")
     settings = wandb.Settings(console="off", quiet=True, finish_timeout=_WAIT)  # console: the terminal belongs to moco
     return wandb.init(
         project=os.environ.get("WANDB_PROJECT", _PROJECT),
         name=os.environ.get("WANDB_NAME", str(path)),
-        id=name,
+        id=run_id,
         dir=str(path),
         resume="allow" if _online(wandb) else None,
         config=config,
@@ -134,23 +134,23 @@ class MLflow:
     @staticmethod
     def add_results(path: Path, values: Mapping[str, float], step: int) -> None:
         """Add the results of an evaluation to the run that was trained in `path`, if there is one."""
-        if name := _read_id(path, "mlflow"):
-            _mlflow_client().log_batch(name, metrics=_metrics(values, step))
+        if run_id := _read_id(path, "mlflow"):
+            _mlflow_client().log_batch(run_id, metrics=_metrics(values, step))
 
-    def _continue(self, name: str | None) -> tuple[str | None, int]:
-        """Return the id of a run and its last step; (None, 0) if the store has no such run, as on another machine."""
+    def _continue(self, run_id: str | None) -> tuple[str | None, int]:
+        """Reopen a run and return its id and last step; (None, 0) if there is none, for example on another machine."""
         from mlflow.exceptions import MlflowException
 
-        if name is None:
+        if run_id is None:
             return None, 0
         try:
-            self._client.update_run(name, status="RUNNING")
-            history = self._client.get_metric_history(name, "train/loss")
+            self._client.update_run(run_id, status="RUNNING")
+            history = self._client.get_metric_history(run_id, "train/loss")
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
             return None, 0
-        return name, max((each.step for each in history), default=0)
+        return run_id, max((each.step for each in history), default=0)
 
     def _create(self, path: Path, config: Mapping[str, Any]) -> str:
         from mlflow.entities import Param
@@ -209,7 +209,7 @@ def _metrics(values: Mapping[str, float], step: int) -> list[Any]:
 def mlflow_name(name: str) -> str:
     """Return a name that MLflow accepts: letters, digits and `_-./ `, a relative path, at most 250 characters.
 
-    Different names remain different: one that cannot be restored ends with its digest.
+    Different names remain different: a name that cannot be recovered from the result gets its digest at the end.
     """
     text = name
     for old, new in _IN_MLFLOW.items():
@@ -248,7 +248,7 @@ def _read_id(path: Path, tracker: str) -> str | None:
     return file.read_text(errors="replace").strip() or None if file.is_file() else None
 
 
-def _write_id(path: Path, tracker: str, name: str) -> None:
-    if name != _read_id(path, tracker):
+def _write_id(path: Path, tracker: str, run_id: str) -> None:
+    if run_id != _read_id(path, tracker):
         with atomic_write(path / f"{tracker}_id.txt") as temporary:
-            temporary.write_text(f"{name}\n")
+            temporary.write_text(f"{run_id}\n")

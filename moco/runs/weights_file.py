@@ -34,8 +34,8 @@ def read_weights(path: Path) -> Any:
     """Return the content of a file of torch.save, on the CPU.
 
     Raises:
-        CodeRefused: if torch refuses to unpickle the file, e.g. one with code, which is not run, or most files that are
-            not of torch.save; or if the file is another kind of archive.
+        CodeRefused: if torch refuses to unpickle the file. This is so for code, which is not run, and for most files
+            that torch.save did not write. Also for an archive of another kind.
         CheckpointError: for any other file that cannot be read: missing, damaged or no regular file; and for content
             beyond the limits of size or depth.
     """
@@ -60,7 +60,7 @@ def read_weights(path: Path) -> Any:
 
 
 def _refuse_other_archive(path: Path, size: int) -> None:
-    """Refuse an archive that torch.save did not write: a program of torch.export, or one that is compressed."""
+    """Refuse an archive that torch.save did not write: a program of torch.export or TorchScript, or compressed data."""
     with path.open("rb") as file:
         begins_as_zip = file.read(len(_ZIP)) == _ZIP
     if not zipfile.is_zipfile(path):

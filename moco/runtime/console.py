@@ -128,7 +128,7 @@ def progress_bar(
 
 
 def log(line: str) -> None:
-    """Print a line, on rank 0; a terminal breaks it between words."""
+    """Print a line, on rank 0; on a terminal, a long line is broken between words."""
     _print_line(Terminal(), line)
 
 
@@ -140,7 +140,9 @@ def _print_line(console: Terminal, line: str) -> None:
 
 
 def _wrapped(text: str, width: int, first: str = "", others: str = "") -> str:
-    """Break lines between words, after the given indents; a word that is wider than a line stays whole.
+    """Break a text into lines between words; a word that is wider than a line stays whole.
+
+    `first` is the indent of the first line, `others` that of the other lines.
 
     A list, such as "loss 1.5 · lr 0.1", is broken between its entries: textwrap does not break at a no-break space.
     """

@@ -11,12 +11,12 @@ from moco.distributed import process_group
 
 
 def pick_device(name: str, tf32: bool = False) -> torch.device:
-    """Return the device of this process; for "auto" a GPU for CUDA if there is one, else the CPU.
+    """Return the device of this process; for "auto" a CUDA GPU if there is one, else the CPU.
 
     On a GPU, float32 is IEEE single precision from here on, unless `tf32`.
 
     Raises:
-        ConfigError: if name is "cuda" or "mps" and there is no such GPU, or for "mps" under torchrun.
+        ConfigError: if name is "cuda" or "mps" and there is no such GPU, or for "mps" with several processes.
     """
     if name == "mps":
         require(torch.backends.mps.is_available(), "device=mps, but torch finds no MPS device here: set device=cpu")

@@ -35,7 +35,7 @@ def next_commands(
         run: its directory.
         name, root: its data.name and data.root.
         labeled: whether its data set has labels and held-out images.
-        on_bad_image: its data.on_bad_image; these commands have a field of their own.
+        on_bad_image: its data.on_bad_image; the commands for evaluation have the field on_bad_image instead.
         given: fields of the data set that the present command line sets, to be repeated.
     """
     repeated = given or {}

@@ -1,4 +1,4 @@
-"""One line instead of a line per attempt, while the library huggingface_hub retries to reach the Hub."""
+"""Print a single line while the library huggingface_hub retries to reach the Hub, instead of two for each attempt."""
 
 import logging
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ _ATTEMPTS = ("thrown while requesting", "Retrying in", "Rate limited")
 
 @contextmanager
 def quiet_retries() -> Iterator[None]:
-    """Replace the library's two lines per failed attempt by one line; its other messages stay."""
+    """Replace the library's lines, two for each failed attempt, by a single line; its other messages stay."""
     announced = False
 
     def is_other(record: logging.LogRecord) -> bool:

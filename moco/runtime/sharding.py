@@ -8,7 +8,7 @@ divided. Batches, shuffles and losses are those of DDP, so the mathematics is th
 Checkpoints hold whole tensors, gathered on rank 0, in the format of a run without sharding: a run can resume with
 another number of processes, and with or without sharding.
 
-The modules of torch for it take a second to import, so that the functions import them.
+The modules of torch for sharding take a second to import, so the functions below import them when they are called.
 """
 
 import re
@@ -43,7 +43,8 @@ def shard(method: nn.Module, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (world_size(),))
     for network in method.children():
         for part in list(network.children()) if hasattr(network, "backbone") else [network]:
-            # A backbone may return a view: no head changes it in place, which FSDP could not notice.
+            # FSDP warns if a backbone returns a view, because it would not notice a change in place. No head changes
+            # its input in place.
             known = rf"FSDP2-wrapped module \(FSDP{re.escape(type(part).__name__)}\) returned a view"
             warnings.filterwarnings("ignore", known, UserWarning)
             for each in [*_blocks(part), part]:
@@ -118,7 +119,8 @@ def load_optimizer_state(method: nn.Module | None, optimizer: torch.optim.Optimi
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_optimizer_state_dict(method, optimizer, named, options=options)
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-        group |= {name: value for name, value in saved.items() if name != "params"}  # torch has made lists of tuples
+        # Restore the tuples, which torch has turned into lists.
+        group |= {name: value for name, value in saved.items() if name != "params"}
 
 
 def is_sharded(network: nn.Module) -> bool:

@@ -21,7 +21,7 @@ _JOINERS = "\u200c\u200d"  # invisible, but part of words in some scripts, and o
 
 
 def printable(text: str) -> str:
-    """Return a text as one line that neither controls a terminal nor hides characters; escapes replace the others.
+    """Return a text as one line that is safe to print: control and invisible characters become escapes.
 
     Names of files, classes and runs can hold escape sequences, line ends and marks that reorder the text.
     """
@@ -65,7 +65,7 @@ def protected_streams() -> Iterator[None]:
     os.close(descriptor)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            with suppress(OSError):  # its descriptor was replaced by a pipe
+            with suppress(OSError):  # reconfigure flushes the stream, whose reader may have gone
                 stream.reconfigure(errors="backslashreplace")
     try:
         yield

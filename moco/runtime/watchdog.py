@@ -2,7 +2,7 @@
 
 When one rank hangs, the others block in a collective and cannot tell which rank they are waiting for. Therefore each
 rank publishes a heartbeat, the number of its steps, whether it makes progress and, after a long wait, the line of code
-that it is at. Two threads do this; a training step costs one assignment, and the device is not synchronized.
+that it is at. Two threads do this; a training step costs two assignments, and the device is not synchronized.
 """
 
 import json
@@ -50,7 +50,8 @@ def code_location(thread: int) -> tuple[str, bool]:
     if frame is None or not ours:
         return "", False
     file = Path(ours[-1].filename).relative_to(_PACKAGE.parent).as_posix()
-    # Not a line that a collective calls, such as the reading of a batch in `in_lockstep`: there the others wait for it.
+    # The innermost line decides: while a collective calls other code, such as the reading of a batch in `in_lockstep`,
+    # the other ranks wait for this one.
     in_collective = file in ("moco/distributed.py", "moco/training/nonfinite.py")
     waiting = in_collective or any(each.name == "train_step" for each in ours)
     return f"{file}:{ours[-1].lineno} ({ours[-1].name})", waiting

@@ -60,7 +60,7 @@ def training_crop(
 
 
 class CropDataset:
-    """The data set of the loader: the crops of one step, (n, 3, S, S) and (n, S, S)."""
+    """The data set of the loader: the crops of one step, (n, 3, S, S) and (n, S, S), for the n images of this rank."""
 
     def __init__(self, images: MaskedImages, settings: CropSettings, seed: int) -> None:
         self.images, self.settings, self.seed = images, settings, seed

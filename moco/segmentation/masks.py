@@ -26,7 +26,7 @@ from moco.evaluation.subsets import split_copies
 from moco.runtime.console import progress_bar
 
 WORKERS = "masks.workers"  # the field, for errors
-IGNORED = 255  # the number of pixels without a class, in every mask that `MaskedImages` returns
+IGNORED = 255  # the value of a pixel without a class, in every mask that `MaskedImages` returns
 
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -77,7 +77,9 @@ class MaskedImages:
         classes: NDArray[np.int16] = self.table[values]
         if classes.min() < 0:
             wrong, last = int(values[classes < 0][0]), len(self.classes) - 1
-            fix = "correct the mask, or set masks.classes to all names, or masks.ignore to a number without a class"
+            fix = (
+                "correct the mask, set masks.classes to all names, or set masks.ignore to the value that means no class"
+            )
             raise ImageError(
                 f"the mask {mask_path} has a pixel of value {wrong}, and the classes are 0 ... {last}: {fix}"
             )

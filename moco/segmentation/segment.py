@@ -126,7 +126,7 @@ def _set_up(config: SegmentConfig, supervision: Supervision) -> Segmentation:
     with supervision.watchdog.paused():  # a file may be downloaded
         own = open_encoder(config)
         files = open_encoders(own, config.encoders, "moco.segment")
-    for file in files.values():  # refuse a network that lacks it before the images are read
+    for file in files.values():  # refuse an encoder that does not support output_stride, before the images are read
         with_output_stride(file, config.output_stride)
     train_split, held_out = open_masked(config.masks)
     require(

@@ -93,8 +93,8 @@ def open_directory(config: TrainConfig) -> IO[str] | None:
 def load_state(config: TrainConfig) -> Checkpoint:
     """Return the newest checkpoint, which rank 0 reads; {} if there is none.
 
-    With `shard`, only rank 0 gets the weights and the optimizer's tensors, which may be too large together: NCCL would
-    send a checkpoint as a whole, through the memory of the GPUs.
+    With `shard`, only rank 0 gets the weights and the optimizer's tensors: NCCL would send them all at once through
+    the memory of each GPU, where they may not fit.
     """
     large: Checkpoint = {}
 

@@ -85,7 +85,7 @@ def check_gradients(config: TrainConfig, encoder: nn.Module, device: torch.devic
 
 
 def _divisors(config: TrainConfig) -> tuple[int, int]:
-    """Return the parts of a batch, and the BN group that divides each of them; see `batch_for`."""
+    """Return the number of parts of a batch, and the size of the BN groups that divide each part; see `batch_for`."""
     return world_size() * config.accumulate, config.model.bn_group_size if config.model.bn == "grouped" else 1
 
 

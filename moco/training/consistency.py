@@ -23,7 +23,7 @@ from moco.untrusted import refuse_special_file
 # Fields that may differ between ranks: the location of the data on a machine, and how it is processed there.
 PER_MACHINE = ("data.root", "data.more_roots", "data.eval_root", "data.label_file", "data.workers", "device", "threads")
 
-NAMES = "image_names.gz"  # in the run directory, separated by zero bytes; only for naming images that have changed
+NAMES = "image_names.gz"  # in the run directory; lists the names so that an error can name the images that have changed
 MOST_NAMES = 100_000
 
 Identity = dict[str, Any]

@@ -55,7 +55,7 @@ class StepGraph:
 
         Args:
             encode_keys: returns the keys of the batch.
-            differentiate: returns the outputs, and puts the gradient into the `grad` of the parameters, which is None.
+            differentiate: returns the outputs, and sets the `grad` of the parameters, which is None before.
             eager: compute this step without the graph.
 
         Raises:

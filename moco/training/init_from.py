@@ -28,11 +28,11 @@ def initial_file(config: TrainConfig) -> Path:
 def load_initial_weights(config: TrainConfig, method: nn.Module) -> str:
     """Load the weights of `config.init_from` into the encoder and, if there is one, the momentum encoder.
 
-    All weights of the backbone come from the file. If its images have another number of channels, the first layer is
-    adapted (`moco.models.first_layer.with_channels_of`). The momentum encoder gets its own weights from a file with
-    both networks. A head whose shapes differ keeps its random weights. The predictor and a full queue of the same size
-    are loaded too, if the head is: they belong to its embedding. No key in the file counts as a key of an image of this
-    run.
+    All weights of the backbone come from the file. If the encoder in the file takes images with another number of
+    channels, the first layer is adapted (`moco.models.first_layer.with_channels_of`). The momentum encoder gets its own
+    weights from a file with both networks. A head whose shapes differ keeps its random weights. The predictor and a
+    full queue of the same size are loaded too, if the head is: they belong to its embedding. No key in the file counts
+    as a key of an image of this run.
 
     `config.model` describes the network if the file does not.
 
@@ -128,7 +128,7 @@ def _refuse_other_features(config: TrainConfig, file: EncoderFile, backbone: nn.
     """Refuse a file whose network computes other features with the same weights, such as with other attention heads."""
     size, device = config.augment.size, next(backbone.parameters()).device
     theirs_see, ours_see = file.channels, input_channels(backbone)
-    shown = theirs_see if theirs_see == ours_see else 1  # gray: their number makes no difference
+    shown = theirs_see if theirs_see == ours_see else 1  # 1: gray images, with equal values in all channels
     images = torch.arange(2 * shown * size**2, dtype=torch.float32, device=device).sin().view(2, shown, size, size)
     training = backbone.training
     try:

@@ -35,7 +35,9 @@ class LiveEvaluation:
     """Evaluates the encoder every few epochs and keeps the history of the results.
 
     With labeled reference and held-out images the result is the accuracy of the kNN classifier; without, it is the
-    retrieval at 1 among the training images. `heartbeat` is called after each batch of work.
+    retrieval at 1 of `moco.evaluation.instance_retrieval`, on training images.
+
+    `heartbeat` is called after each batch of work.
     """
 
     def __init__(

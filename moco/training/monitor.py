@@ -24,7 +24,7 @@ LIKELY_FALSE = 0.9  # cosine above which a key in the queue probably shows the s
 
 
 class Monitor:
-    """Measures a step of at least two samples; see `train_step`. The names begin with "analysis/".
+    """Measures a step of at least two samples; see `train_step`. The names of the measures begin with "analysis/".
 
     Measures the last micro-batch of all ranks together, and the losses with shuffled and with unshuffled keys on
     `ENCODED` images per rank. All ranks return the same names in the same order, so that the step can average them in

@@ -137,7 +137,7 @@ def _check_finite(
 ) -> bool:
     """Return whether to apply the step; if not, restore `statistics`, see `_copy_statistics`.
 
-    Loss and norm are averages over the ranks, so all ranks decide the same.
+    The loss is averaged over the ranks, and the norm is that of the averaged gradient, so all ranks decide the same.
 
     Raises:
         NonFiniteLoss: if either is not finite, except for a gradient that overflows in fp16 at a scale of 1 or more:

@@ -96,8 +96,8 @@ def test_only_a_run_that_could_begin_gets_a_training_command(tmp_path: Path) -> 
 def test_a_renamed_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "step_1 (1).pt").touch()
-    assert "step_1 (1).pt: name it step_NUMBER.pt" in no_checkpoint_message(tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"step_1 \(1\)\.pt: name it step_NUMBER\.pt.* to resume .* run=DIR"):
+    assert "step_1 (1).pt: rename it to step_NUMBER.pt" in no_checkpoint_message(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"step_1 \(1\)\.pt: rename it to step_NUMBER\.pt.* to resume .* run=DIR"):
         open_run(tmp_path / "run", values(seed=0))
 
 
