@@ -35,11 +35,13 @@ class UnknownName(ConfigError):
 
 
 class Registry(dict[str, T]):
-    """The values of a field by name, such as the constructors of backbones. A new name can be added, none replaced.
+    """The values of a field by name, such as the constructors of backbones.
+
+    New names can be added; no entry can be replaced.
 
     Args:
         field: the field of the configuration that holds such names.
-        entries: those of moco.
+        entries: the entries that moco itself provides.
     """
 
     def __init__(self, field: str, entries: Mapping[str, T]) -> None:
@@ -74,7 +76,7 @@ class Registry(dict[str, T]):
 
 
 def check_options(field: str, function: Callable[..., Any], options: Any, arguments: int) -> None:
-    """Raise ConfigError unless a function takes these options by name, after a number of other arguments."""
+    """Raise ConfigError unless a function takes these options by name, after `arguments` positional arguments."""
     named = isinstance(options, Mapping) and all(isinstance(each, str) for each in options)
     require(named, f"{field}={options!r} must hold options by name: set {field}={{}} for their defaults")
     try:

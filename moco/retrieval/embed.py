@@ -139,7 +139,7 @@ class _Work:
         return stream(self.network, self.source, rows, transform, self.device, self.config.images_at_once, workers)
 
     def chunks_of_rank(self, done: int) -> Iterator[_Chunk]:
-        """Compute this rank's chunks in order.
+        """Compute this rank's chunks in order, after the first `done` chunks of all ranks.
 
         Chunks are distributed round robin, so that the completed chunks are always the first ones. Therefore the number
         of processes may change when the run resumes.

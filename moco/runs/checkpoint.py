@@ -2,7 +2,7 @@
 
 A checkpoint is a file `step_00001234.pt` that holds a dict: the values of `_SCHEMA`, "computed_on" (the devices),
 "probe" (the state of the online probe, if there is one), and "sha256" of all of these. `best.pt` is a second name of
-one of the files; it remains if that is deleted.
+one of these files; the file remains under it when its first name is deleted.
 """
 
 import copy

@@ -60,7 +60,7 @@ class Segmentation:
     output: Path
     train: MaskedImages
     held_out: MaskedImages
-    pixels: list[list[int]]  # of each class, in the masks of both splits
+    pixels: list[list[int]]  # number of pixels of each class, for each split
     shared: int  # held-out images that are training images, too
     supervision: Supervision
 
