@@ -19,7 +19,7 @@ COMMANDS = {
 
 
 def summary(command: str) -> str:
-    """Return what a command does, the first words of its file, without importing it."""
+    """Return what a command does: the first words of its file's docstring. The file is not imported."""
     text = ast.get_docstring(ast.parse(Path(__file__).with_name(f"{command}.py").read_text(encoding="utf-8"))) or ""
     return text.partition(": `")[0]
 

@@ -106,8 +106,9 @@ def load_encoder(
         backbone, options: the network, if the file does not name it, such as "resnet50".
         size, resize: side of the input images, and their shorter side before the central crop, in pixels. None: those
             of the run or the file, else 224 and 256.
-        bits: the significant bits of images with 16 bits per channel, for an encoder of uint8 (data.bits), 8 ... 16.
-            None: those of the run's images, or 16 if these are unknown (a command would derive them from its images).
+        bits: the number of significant bits, 8 ... 16, of images that have 16 bits per channel and are converted to
+            uint8 (see data.bits). None: that of the run's images, or 16 if it is unknown (a command would derive it
+            from its images).
 
     Raises:
         FileNotFoundError: if there is no such file.

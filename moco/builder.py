@@ -17,8 +17,8 @@ query once and the key once.
 Deliberate deviation: the official code updates the momentum encoder at the start of the next step, between encoding
 query and key. The keys are the same, and here a step that fails changes nothing.
 
-Changes to InfoNCE (`moco.losses.Switches`, labels, a learned temperature) are off by default and confined to
-`MoCo._contrast`. With labels the method is SupMoCo:
+Changes to InfoNCE are off by default. `MoCo._contrast` applies `moco.losses.Switches` and labels, and `MoCo.forward` a
+learned temperature. With labels the method is SupMoCo:
 
     Supervised Momentum Contrastive Learning for Few-Shot Classification (Majumder et al., 2021)
 

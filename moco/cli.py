@@ -107,9 +107,10 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
     """Compose `configs/NAME.yaml` with the overrides of the command line, check it against the schema, run the command.
 
     The exit status is 2 for a configuration that is invalid or names a file or folder that does not exist, 1 for an
-    error of the command, 75 (EX_TEMPFAIL) for a training (moco.train, finetune, segment, detect) that was stopped and
-    has saved its state, 130 after Ctrl-C, 128 + its number after another signal that stops a command that saves no
-    state (143 after SIGTERM), and 141 if the output pipe of --help is closed (`| head`).
+    error of the command, 75 (EX_TEMPFAIL) for a training (moco.train, finetune, segment, detect, or a run of
+    temperature) that was stopped and has saved its state, and 130 after Ctrl-C. After another signal, a command that
+    saves no state exits with 128 + the number of the signal (143 for SIGTERM). The status is 141 if the output pipe of
+    --help is closed (`| head`).
     Errors are reported without a traceback; MOCO_TRACEBACK=1 shows it instead.
     """
     plain = warnings.formatwarning
@@ -162,7 +163,7 @@ def _sentence(error: BaseException) -> str:
 
 
 def _naming_field(sentence: str, config: Any) -> str:
-    """Put the field's name before a sentence that begins with the value of a path field, the longest of several."""
+    """Put a path field's name before a sentence that begins with its value. Of several, take the longest value."""
     found = [
         (len(str(path)), name)
         for name, value in (paths_of(config) if config else ())

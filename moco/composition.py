@@ -210,10 +210,10 @@ def _refuse_shared_output(composed: list[DictConfig], names: Iterable[str]) -> N
 
 
 def register(name: str, schema: type, scratch: str = ".") -> None:
-    """Register the schemas, the config `quiet` and the options of plug-ins with Hydra.
+    """Register the schemas, the config `quiet` (settings of Hydra) and the options of plug-ins with Hydra.
 
-    The defaults lists in configs/ refer to the schemas and to `quiet`.
-    With --multirun, Hydra writes multirun.yaml to the directory `scratch`. It writes no other file.
+    The defaults lists in configs/ refer to the schemas and to `quiet`. With `quiet`, Hydra writes one file only: with
+    --multirun, multirun.yaml in the directory `scratch`.
     """
     store = ConfigStore.instance()
     store.repo = _Shared(store.repo)

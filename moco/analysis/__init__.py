@@ -1,4 +1,4 @@
-"""Measures of contrastive representations, pure functions of tensors. The training doctor reads their records.
+"""Measures of contrastive representations, pure functions of tensors. `doctor` checks their recorded values.
 
 A measure is computed on the device of its input. The spectra, `tolerance` and `explain_temperature` make the host wait
 for the device; the others do not, so a training loop can compute them every few steps.

@@ -8,8 +8,9 @@ similarities s is
     dL/ds_ii = -(1 / T) sum over negatives j of P_ij  (the positive)        dL/ds_ij = P_ij / T  (a negative)
 
 The push on all negatives together equals the pull on the positive. r_ij, the share of one negative in that push, is the
-softmax over the negatives only. The gradient with respect to the query is the sum of dL/ds times the key. Keys have
-unit length, so the lengths of its terms have the same shares. A function that refuses an argument raises ValueError.
+softmax over the negatives only. The gradient with respect to the query is the sum over all keys of dL/ds times the key.
+Keys have unit length, so the lengths of the negatives' terms in this sum have the same shares. A function that refuses
+an argument raises ValueError.
 
 Legend: N queries, K negatives, B temperatures.
 """
@@ -35,7 +36,7 @@ def relative_penalty(similarity: Tensor, temperature: float | Tensor) -> Tensor:
 
     Args:
         similarity: of the negatives, shape (..., K); -inf for an entry that is not a negative.
-        temperature: above 0, or a tensor that broadcasts against the similarities.
+        temperature: above 0; a number, or a tensor that broadcasts against the similarities.
 
     Returns:
         Shape (..., K), 0 ... 1, summing to 1; nan in a row without a negative.
@@ -113,8 +114,10 @@ def explain_temperature(similarity: Tensor, answer: int, temperatures: Tensor) -
     large at a low T, and the hardest candidate gets all of the push. `similarity` (1 + K,) is that of the candidates,
     `answer` the index of the positive among them. The `temperatures` (B,) are above 0.
     """
-    if similarity.ndim != 1 or not 0 <= answer < len(similarity):
-        raise ValueError(f"answer={answer} must be one of the candidates 0 ... {similarity.numel() - 1}")
+    if similarity.ndim != 1:
+        raise ValueError(f"similarity {tuple(similarity.shape)} must be (1 + K,)")
+    if not 0 <= answer < len(similarity):
+        raise ValueError(f"answer={answer} must be one of the candidates 0 ... {len(similarity) - 1}")
     if not bool(similarity.isfinite().all()):
         raise ValueError(f"similarities {similarity.tolist()} must be finite")
     if not bool(((temperatures > 0) & temperatures.isfinite()).all()):

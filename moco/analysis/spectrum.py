@@ -113,7 +113,7 @@ def _require_two(features: Tensor) -> None:
 
 
 def _gram_spectrum(x: Tensor) -> Tensor:
-    """Compute the squared singular values of x (M, C), descending, shape (R,); all nan if one is not finite."""
+    """Compute the squared singular values of x (M, C), descending, shape (R,); all nan if x is not finite."""
     gram = x.T @ x if x.shape[0] >= x.shape[1] else x @ x.T  # (R, R)
     if not bool(gram.isfinite().all()):  # `eigvalsh` would raise
         return torch.full_like(gram[0], math.nan)

@@ -69,9 +69,10 @@ def key_drift(keys: Tensor, index: Tensor, now: Tensor, now_index: Tensor) -> Te
 def own_key_share(queue_index: Tensor, index: Tensor) -> Tensor:
     """Compute the share of the queue's keys that show a query's own image: false negatives, unless they are masked.
 
-    With K keys and epochs over M >= K images in independent orders, a query finds one with probability (K / M)^2 / 2:
-    its last key is M keys old, plus or minus the difference of its positions in the two orders. `queue_index` (K,)
-    holds the sample of each key, -1 for none; `index` (N,) those of the queries. The result is (N,), 0 ... 1.
+    If the epochs go over D >= K images in independent orders, the queue holds a key of a query's image with probability
+    (K / D)^2 / 2: the image's last key is D keys old, plus or minus the difference of its positions in the two orders.
+    `queue_index` (K,) holds the sample of each key, -1 for none; `index` (N,) those of the queries. The result is (N,),
+    0 ... 1.
     """
     _require_keys("queue_index", queue_index)
     ordered = queue_index.sort().values

@@ -122,7 +122,7 @@ class Bounds:
         return ""
 
     def _identity(self, value: Any) -> Any:
-        """Return what two spellings of one path have in common. A value without a directory can be a name."""
+        """Return the same text for all spellings of a path. Text without a slash may be a name and is kept."""
         path = value.rstrip("/") if self.path else ""
         return os.path.realpath(path) if "/" in path else path or value
 
@@ -154,7 +154,7 @@ def bounded(default: Any, **bounds: Any) -> Any:
 
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[Any, str, str, Any, Bounds]]:
-    """Yield each field of a configuration and its groups: its dataclass, name, dotted name, value and bounds."""
+    """Yield each field of a configuration and its groups: its group, name, dotted name, value and bounds."""
     for each in fields(config):
         value = getattr(config, each.name)
         if is_dataclass(value):
@@ -164,7 +164,9 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[Any, str, str, Any,
 
 
 def check_bounds(config: Any, prefix: str = "") -> None:
-    """Check all fields of a configuration and its groups against their bounds; all numbers must be finite, not huge.
+    """Check all fields of a configuration and its groups against their bounds. Numbers must be finite.
+
+    Integers, except seeds, must be at most `LARGEST`.
 
     Raises:
         ConfigError: for the first invalid value, with its dotted field (after `prefix`) and what is accepted.

@@ -51,8 +51,9 @@ class DetectConfig(ResumableConfig, EncoderConfig):
     """faster_rcnn_fpn, mask_rcnn_fpn: with a feature pyramid. faster_rcnn_c4, mask_rcnn_c4: proposals on the map of a
     ResNet's third stage, and its last stage for each proposal. retinanet: without proposals, with a feature pyramid."""
     norm: bool = True
-    """Normalize new layers: batch normalization over the global batch in the pyramid, the mask head and the box head,
-    which then has four convolutions; in c4, after the last stage; group normalization in the head of retinanet."""
+    """Normalize the new layers. faster_rcnn_fpn and mask_rcnn_fpn: batch normalization over the global batch, in the
+    pyramid, the mask head and the box head, which then has four convolutions. c4: batch normalization after the last
+    stage. retinanet: batch normalization in the pyramid, group normalization in the head."""
     bn: str = bounded("sync", choices=("sync", "frozen"))
     """Batch normalization of the encoder: sync (statistics of the global batch), or frozen (its running statistics)."""
     precise_bn: int = bounded(0, ge=0)
@@ -63,7 +64,8 @@ class DetectConfig(ResumableConfig, EncoderConfig):
     have four times as many. In mask_rcnn_c4: channels of the mask head."""
     anchor_sizes: list[float] | None = bounded(None, gt=0, min_length=1)
     """Sides of the anchor boxes in pixels of the resized image: one per level of the pyramid, or all on the map of c4.
-    Null: 8 times the stride of each level (4 times in retinanet); 32, 64, ... 512 in c4."""
+    Null: 8 times the stride of each level (4 times in retinanet); 32, 64, ... 512 in c4. retinanet also uses 1.26 and
+    1.59 times each side."""
     anchor_samples: int = bounded(256, ge=2)
     """For R-CNNs: anchors per image in the loss of the proposals."""
     box_samples: int = bounded(512, ge=2)
@@ -119,7 +121,7 @@ _OF_LAYOUT = {
 
 
 def check_detect(config: DetectConfig, processes: int = 1) -> None:
-    """Raise ConfigError for a configuration that is invalid with W processes, over which the batch is divided."""
+    """Raise ConfigError for a configuration that is invalid, or whose batch cannot be divided over the processes."""
     check_subject(config)
     refuse_on_mps(config, "this command")
     boxes, default = config.boxes, BoxesConfig()

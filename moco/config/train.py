@@ -146,8 +146,8 @@ class OptimConfig:
 class EvaluateConfig:
     """The evaluation while training: the accuracy of a k-nearest-neighbor (kNN) classifier on labeled held-out images.
 
-    Without labels it takes two random crops of each image, compares the first with the second crops of all images,
-    and reports how often the most similar one is of the same image.
+    Without labels it crops at most 1024 images, or one batch if that is larger, twice at random. It compares each crop
+    with all crops of the other set, and reports how often the most similar one is of the same image.
     """
 
     every_epochs: int = bounded(1, ge=0)
@@ -305,7 +305,7 @@ def _check_cuda_graph(config: TrainConfig, processes: int) -> None:
 
 
 def _check_mps(config: TrainConfig) -> None:
-    """Refuse what torch cannot do on the GPU of a Mac, and what was not rehearsed for it."""
+    """Refuse what torch cannot do on the GPU of a Mac, and what was not tested there."""
     names = ("compile", "cuda_graph", "shard", "activation_checkpointing")
     precision = [f"precision={config.precision}"] * (config.precision not in ("auto", "fp32"))
     refuse_on_mps(config, *(f"{name}=true" for name in names if getattr(config, name)), *precision)
@@ -330,13 +330,13 @@ def _check_shard(config: TrainConfig) -> None:
 
 
 def bn_sync_fields(config: TrainConfig, processes: int) -> str:
-    """Return the fields that set model.bn=sync, with those that it excludes."""
+    """Return the fields that set model.bn=sync, and those that turn off what excludes it."""
     graph = config.cuda_graph and processes > 1
     return "model.bn=sync" + " accumulate=1" * (config.accumulate > 1) + " cuda_graph=false" * graph
 
 
 def _check_batch(config: TrainConfig, processes: int) -> None:
-    """Check that the batch divides over processes, micro-batches and BN groups; each advised value passes."""
+    """Check that the batch divides over processes, micro-batches and BN groups. The values that errors advise pass."""
     model, parts = config.model, processes * config.accumulate
     micro_batch, rest = divmod(config.batch_size, parts)
     smaller = 0 if rest else _largest_divisor(micro_batch, model.bn_group_size)
@@ -384,7 +384,7 @@ def _largest_divisor(images: int, most: int) -> int:
 
 
 def _nearest_batch(config: TrainConfig, parts: int) -> int:
-    """Return the batch size nearest to the configured one that divides over parts and BN groups, of two images each."""
+    """Return the nearest batch size that divides over parts and BN groups, with at least two images for BN."""
     model = config.model
     unit = parts * (max(2, model.bn_group_size) if model.bn == "grouped" else 1)
     lowest = 2 * parts if model.bn == "batch" else 2

@@ -8,12 +8,12 @@ index lists and parameters in two asynchronous copies.
     crops = crop_batch(images, draw_crop(seed, epoch, index, stream), view)    # loader processes call crop_one
     query = augment(crops, params, view)
 
-Hue, saturation and grayscale need red, green and blue: `View` refuses them for other channels. Brightness, contrast and
-noise then use the statistics of each channel.
+Hue, saturation and grayscale need red, green and blue: `View` refuses them for other channels. For such channels,
+brightness, contrast and noise use the statistics of each channel.
 
-The order of operations is the official recipes': affine (digits), color jitter, grayscale (before the jitter with
-gray_first), blur, solarize, flips, quarter turn, noise, steps of plug-ins, normalize, channel dropout. Deviation: the
-official pipelines round to 8 bits after each operation, this one stays in float32.
+The order of operations is that of the official recipes: affine (only recipes for the digits use it), color jitter,
+grayscale (before the jitter with gray_first), blur, solarize, flips, quarter turn, noise, steps of plug-ins, normalize,
+channel dropout. Deviation: the official pipelines round to 8 bits after each operation, this one stays in float32.
 
 The operations between the affine map and the noise have two forms with the same results: one by one (`moco.data.ops`),
 and for RGB on a GPU together in a few launches (`moco.kernels.augment`).

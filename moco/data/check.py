@@ -187,9 +187,7 @@ def suggest(
     time = f"{minutes:.0f} minutes" if minutes >= 1.5 else "a minute"
     lines = [f"next: {training}", f"this takes about {time} on two CPU cores"]
     if images < FEW_IMAGES:  # and not of 8-bit RGB, for which weights are published
-        lines.append(
-            f"{images} images are few: see in the run's summary whether it is better than the untrained encoder"
-        )
+        lines.append(f"{images} images are few: the run's summary shows whether training has improved the encoder")
     if "augment.brightness" in normalization:
         lines.append("augment.brightness=0, because the mean is large against the standard deviation")
     return lines
@@ -338,7 +336,7 @@ def _write(report: dict[str, Any], output: Path, root: str, content: str) -> Non
 
 
 def _replaced(output: Path, root: str) -> str:
-    """Return what to say about an earlier file `output`, unless it is the report of the same folder; else ""."""
+    """Describe the file that the report replaces; "" without such a file, or for a report of the same folder."""
     if not output.is_file():
         return ""
     try:

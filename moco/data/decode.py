@@ -90,7 +90,8 @@ class ImageError(ValueError):
 def decode(path: str | Path, pixel_format: PixelFormat = RGB) -> Tensor:
     """Read an image file in any of `IMAGE_FORMATS`, NPY or NPZ, upright (EXIF orientation applied).
 
-    Of several frames the first one is read, of the pages of a TIFF the largest one.
+    Of several frames the first one is read, of the pages of a TIFF the largest one. In a data set of
+    other images than 8-bit gray or RGB, pages of equal size are the bands of one image.
 
     JPEGs are decoded by torchvision: it takes a quarter less time than PIL and returns the same pixels, also for gray,
     CMYK and Adobe-inverted files (measured; both treat every CMYK JPEG as inverted, as all common programs write them).
@@ -106,7 +107,7 @@ def decode(path: str | Path, pixel_format: PixelFormat = RGB) -> Tensor:
         faster, with the same bits.
 
     Raises:
-        ImageError: if the file cannot be read, or is empty, truncated, damaged, too large, or not an image.
+        ImageError: if the file cannot be read, or is empty, truncated, damaged, too large, unsupported, or no image.
     """
     return decode_bytes(path, read_bytes(path), pixel_format)
 

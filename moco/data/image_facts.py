@@ -30,7 +30,7 @@ ODDITIES = {
     "extra band": "the last band is not used",
     "rotated by EXIF": "used upright",
     "white is zero": "inverted, so that black is zero",
-    "several frames": "the first one is used; data.channels and data.dtype use the pages of a TIFF as bands",
+    "several frames": "the first one is used; with other data.channels or data.dtype, pages of a TIFF are bands",
     "several sizes": "of its pages, the largest one is used",
     "rotated": "the frames of the video are used upright, as its metadata say",
     "oblong pixels": "the frames of the video are enlarged to square pixels, as its metadata say",

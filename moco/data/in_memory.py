@@ -30,7 +30,7 @@ def to_pixels(image: Any, pixel_format: PixelFormat = RGB) -> Tensor:
 
     Raises:
         ImageError: if a file cannot be read.
-        ValueError: for any other image.
+        ValueError: for an image that is none of these, or has another shape or type.
     """
     if isinstance(image, str | os.PathLike):
         return decode(os.fspath(image), pixel_format)

@@ -146,7 +146,10 @@ def test_a_momentum_that_cannot_leave_its_initial_weights() -> None:
     assert momentum_too_high({}, short._replace(momentum=0.99)) is None
     few_steps = momentum_too_high({}, short._replace(total_steps=84, epochs=12))  # 0.99 alone is not enough
     assert few_steps is not None
-    assert few_steps.remedy == "method.momentum=0.99 with epochs=99 (43 % are left after 84 steps), or epochs=987"
+    assert (
+        few_steps.remedy
+        == "method.momentum=0.99 with epochs=99 (43 % of the initial weights are left after 84 steps), or epochs=987"
+    )
     assert momentum_too_high({}, short._replace(total_steps=7000)) is None
     assert momentum_too_high({}, short._replace(momentum=None)) is None
     assert momentum_too_high({}, short._replace(starts_trained=True)) is None  # its initial weights are good ones

@@ -103,7 +103,7 @@ def test_a_choice_among_equal_checkpoints_is_named(tmp_path: Path, capsys: pytes
     choose(config(tmp_path / "out", run(tmp_path / "a", (1, 2)), run(tmp_path / "b", (2,), seed=1)))
     text = " ".join(capsys.readouterr().out.split())
     assert text.count("first of 2 equal") == 1
-    assert re.search(r"the newest checkpoint.*first of 2 equal.*lost: .* the mean of equal choices", text)
+    assert re.search(r"the newest checkpoint.*first of 2 equal.*lost: .* equal choices, their mean", text)
 
 
 def test_agreement_is_spearmans_and_losses_are_points() -> None:

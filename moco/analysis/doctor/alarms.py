@@ -35,10 +35,10 @@ from moco.analysis.doctor.settings import (
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.03, 1.0  # published: from 0.05 to 1, the value of MoCo v3 with a ResNet
 # Effective negatives: with fewer, the gradient comes from the nearest negative, which is often of the query's class.
 FEW_NEGATIVES = 2.0
-# Share of K. With more effective negatives, the standard deviation of the similarities is below about T / 7: no
+# Share of the negatives. With more effective ones, the standard deviation of the similarities is below about T / 7: no
 # negative stands out.
 ALL_NEGATIVES = 0.99
-# Spread. With a lower one, as of an untrained encoder, all negatives count equally at any temperature.
+# A spread. Below it, as for an untrained encoder, all negatives count equally at any temperature.
 SPREAD_OUT = 0.5
 # Share of the queries that find their key. Above it, equal weights are normal: well-spread features have them at T = 1.
 RECOGNIZED = 0.5
@@ -73,7 +73,9 @@ def temperature_too_high(series: Series, facts: Facts) -> Alarm | None:
     return Alarm("temperature too high", evidence, "method.temperature=0.1 to 0.2 (below 1 in any case)")
 
 
-MAX_DUPLICATES = 0.1  # share of the queries; the defect affects all queries, a beginning collapse only some of them
+# Share of the queries with their own key among the negatives. Keys that are enqueued before the loss affect all
+# queries, a beginning collapse only some of them.
+MAX_DUPLICATES = 0.1
 LOG_2_MARGIN = 0.05  # nats above log 2 that the other negatives may still add in a well-trained run
 SOLVED = 0.99  # share of the queries that find their key; without shuffling over 0.999 (He et al., 2020, Fig. A.1)
 
@@ -94,7 +96,8 @@ def positive_among_negatives(series: Series, facts: Facts) -> Alarm | None:
 
 VIEWS_SIMILAR = 0.98  # mean similarity of two views for an untrained encoder; this project's recipes have 0.72 to 0.85
 EARLY_EPOCHS = 3.0
-EARLY_SOLVED = 0.9  # share of the queries that find their key by then: digits 0.10, CIFAR-10 0.12, no augmentation 0.94
+# Share of the queries that find their key after these epochs: digits 0.10, CIFAR-10 0.12, without augmentation 0.94.
+EARLY_SOLVED = 0.9
 
 
 def augmentation_too_weak(series: Series, facts: Facts) -> Alarm | None:
@@ -111,7 +114,7 @@ def augmentation_too_weak(series: Series, facts: Facts) -> Alarm | None:
     )
 
 
-NO_GAIN = 1.0  # percentage points of kNN above the untrained encoder
+NO_GAIN = 1.0  # percentage points: a kNN accuracy at most this far above that of the untrained encoder is no gain
 LEAK_NATS = 0.1  # loss with shuffled keys minus that with unshuffled keys of the same views; its noise is far smaller
 
 
@@ -171,7 +174,9 @@ def _spikes(series: Series) -> int:
     return spikes
 
 
-COLLAPSED_SPREAD = 0.1  # a mean cosine of two images of 0.99; digits: spreads of 0.6 to 0.97, at most 0.03 if collapsed
+# At this spread, two images have a mean cosine of 0.99. On the digits, the spread is 0.6 to 0.97, and at most 0.03
+# after a collapse.
+COLLAPSED_SPREAD = 0.1
 RANK_FALL = 0.25  # share of the highest rank so far; the rank also falls in some healthy runs (2,000 images: 79 to 12)
 # Share of the first step's norm. On the digits, healthy runs end at 0.06 or more, runs that optim.lr=1 made collapse
 # below 0.001.
@@ -218,7 +223,7 @@ def loss_at_chance(series: Series, facts: Facts) -> Alarm | None:
 
 # Share of the queries that find their key. Healthy runs reach 0.15; with a short queue, chance alone is almost 0.1.
 FEW_FOUND = 0.1
-NO_GAIN_ERRORS = 2.0  # standard errors of the retrieval
+NO_GAIN_ERRORS = 2.0  # standard errors: a retrieval at most this far above that of the first step is no gain
 HIGH_RETRIEVAL = 90.0  # percent; above, the retrieval of a run that learns may rise by less than its noise
 EVALUATIONS = ("retrieval/retrieval", "accuracy/knn")
 
@@ -259,7 +264,7 @@ def _gain(series: Series, name: str, facts: Facts) -> tuple[float, str]:
         return math.nan, ""
     first, last = values[0], values[-1]
     noise = NO_GAIN
-    if name == "retrieval/retrieval":  # a share of at most 1024 images, or of one larger batch
+    if name == "retrieval/retrieval":  # measured on at most 1024 images, or on one batch if that is larger
         share = last / 100
         noise = NO_GAIN_ERRORS * 100 * math.sqrt(share * (1 - share) / min(facts.dataset_size, 1024))
     text = f"{name.rpartition('/')[2]} is {last:.1f} % ({first:.1f} % before the first step"
@@ -317,7 +322,7 @@ def _alarm(name: str, found: list[str], remedy: str) -> Alarm | None:
 
 
 def _has_collapsed(series: Series) -> bool:
-    """Return whether the embeddings were a single point in each of the newest measurements; False with fewer."""
+    """Return whether the newest `LATEST_MEASURES` spreads all show a single point; False with fewer records."""
     spreads = series.get("analysis/spread", ())[-LATEST_MEASURES:]
     return len(spreads) == LATEST_MEASURES and max(spreads) < COLLAPSED_SPREAD
 

@@ -48,7 +48,7 @@ class Doctor:
 
     Args:
         facts: settings of the run.
-        file: its metrics.jsonl, with the records before a resume.
+        file: metrics.jsonl of the run. After a resume, it holds the earlier records.
         log: called with one line per new finding.
     """
 

@@ -35,7 +35,7 @@ class Facts(NamedTuple):
     source: str = ""  # data.name
     keys_per_image: int = 1  # views of an image that serve as keys in one step
     batch_parts: int = 1  # processes times accumulate, which divide the batch
-    bn_group: int = 1  # model.bn_group_size with model.bn=grouped
+    bn_group: int = 1  # model.bn_group_size with model.bn=grouped, else 1
 
 
 class Alarm(NamedTuple):

@@ -9,7 +9,7 @@ LOWEST_MOMENTUM = 0.9  # He et al. (2020), Sec. 4.1: top-1 is 55.2 % at 0.9 and 
 
 
 def momentum_too_low(series: Series, facts: Facts) -> Alarm | None:
-    """Find keys that change faster than the queue is renewed."""
+    """Find a momentum encoder that changes faster than the queue is renewed."""
     if not facts.queue_size or facts.momentum is None or facts.momentum >= LOWEST_MOMENTUM:
         return None
     return Alarm(
@@ -22,7 +22,8 @@ def momentum_too_low(series: Series, facts: Facts) -> Alarm | None:
 # The largest share of its initial weights that the momentum encoder may keep until the end of the run. The recipe
 # digits keeps 0.05, cifar10_cpu 1e-5.
 MAX_KEPT = 0.5
-# The largest share after a remedy. At 0.99, the lowest momentum of the published range, this takes 299 steps.
+# The largest share that a proposed momentum may leave. At momentum 0.99, the lowest of the published range, this
+# needs 299 steps.
 MAX_KEPT_BY_REMEDY = 0.05
 
 
@@ -50,12 +51,12 @@ def momentum_too_high(series: Series, facts: Facts) -> Alarm | None:
 
 
 def _momentum_remedy(facts: Facts) -> str:
-    """Return the momentum that fits the run; with a length for it, if the run is too short for the published range."""
+    """Return the momentum that fits the run; if more than `MAX_KEPT_BY_REMEDY` would be left, also a longer run."""
     better = better_momentum(facts)
     left = better**facts.total_steps
     if left <= MAX_KEPT_BY_REMEDY:
         return f"method.momentum={better:g}"
-    now = f"{100 * left:.0f} % are left after {facts.total_steps:.0f} steps"
+    now = f"{100 * left:.0f} % of the initial weights are left after {facts.total_steps:.0f} steps"
     return f"method.momentum={better:g} with {_length_for(better, facts)} ({now})"
 
 
@@ -95,7 +96,7 @@ MAX_QUEUE_RATIO = 0.5
 
 
 def queue_against_dataset(series: Series, facts: Facts) -> Alarm | None:
-    """Find a queue that often holds the query's image (facebookresearch/moco issue 146), or is longer than an epoch."""
+    """Find a queue that often holds the query's image (facebookresearch/moco issue 146) or exceeds the data set."""
     ratio = facts.queue_size / facts.dataset_size
     if ratio <= (1.0 if facts.mask_own_keys else MAX_QUEUE_RATIO):
         return None
@@ -121,7 +122,7 @@ MAX_TIME_CONSTANTS = 3.0
 
 
 def stale_queue(series: Series, facts: Facts) -> Alarm | None:
-    """Find keys that are too old for the momentum. `momentum_too_low` reports a momentum that is too low anyway."""
+    """Find keys that are too old for the momentum. `momentum_too_low` reports a momentum below `LOWEST_MOMENTUM`."""
     steps = facts.queue_size / facts.keys_per_step
     if not steps or facts.momentum is None or facts.momentum < LOWEST_MOMENTUM:
         return None

@@ -47,8 +47,9 @@ from moco.runtime.console import log, log_next, progress_bar, table
 from moco.runtime.next_command import command
 from moco.runtime.provenance import provenance
 
-RESULTS = "choose.json"  # not results.json: the output may be a run, whose evaluations that file holds
-PROBE = Recipe(epochs=100, batch_size=0, momentum=0.9, normalize="standard", seed=0)  # batch_size: all images
+RESULTS = "choose.json"  # not results.json: the output may be a run directory, where results.json holds evaluations
+# The batch size is set later, to the number of images.
+PROBE = Recipe(epochs=100, batch_size=0, momentum=0.9, normalize="standard", seed=0)
 PROBE_SETTING = Setting("output", 0.1, 1e-3)  # for every checkpoint; 100 epochs suffice to fit the few images
 EVALUATIONS = {"knn": "few-label kNN", "probe": "linear probe"}
 SCORES: dict[str, Callable[[float], float]] = {  # of the value of a measure; the higher the better
@@ -322,9 +323,9 @@ def _report(
             f"agreement with {title} on held-out images",
             ["measure", "ρ in a run", "ρ of last", "ρ of all", "lost in a run", "lost of last", "lost of all"],
             [[MEASURES[name].title, *_cells(each[evaluation])] for name, each in agreement.items()],
-            "ρ: Spearman's rank correlation, 1 if both orders are equal; lost: percentage points below the best, the "
-            "mean of equal choices; in a run: mean over runs; last: among the last checkpoints of all runs; all: among "
-            "all checkpoints",
+            "ρ: Spearman's rank correlation, 1 if both orders are equal; lost: percentage points below the best (for "
+            "equal choices, their mean); in a run: mean over runs; last: among the last checkpoints of all runs; all: "
+            "among all checkpoints",
         )
 
 

@@ -17,7 +17,8 @@ from moco.analysis import bin_edges, explain_temperature
 from moco.analysis.studies.measures import Run, by_temperature
 from moco.files import atomic_write
 
-RIGHT, WRONG = 0, 1  # the correct candidate in the two cases of `mode=explain`; by default 0 has the highest similarity
+# Index of the correct candidate in the two cases of `mode=explain`: by default, candidate 0 has the highest similarity.
+RIGHT, WRONG = 0, 1
 _STYLE: Any = {
     "figure.facecolor": "#ffffff",
     "axes.grid": True,

@@ -48,7 +48,7 @@ class Contrast:
     push: float  # 1 - P of the positive, 0 (no gradient is left) ... 1
     positives_at: list[int]  # (B,), number of positives whose similarity is in each bin over -1 ... 1
     negatives_at: list[int]  # (B,), number of negatives whose similarity is in each bin
-    push_at: list[float]  # (B,), share of a query's push on the negatives in each bin; sums to 1
+    push_at: list[float]  # (B,), share of the push on the negatives in each bin, a mean over the queries; sums to 1
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _momentum_encoder(path: Path, device: torch.device) -> Encoder | None:
 
 
 def _queue(method: dict[str, Tensor], device: torch.device) -> Tensor | None:
-    """Return the queue's keys of images (K, C); None without a queue, or while it holds only random initial keys."""
+    """Return the queue's keys whose images are known, (K, C); None without a queue or such keys."""
     if "queue.keys" not in method:
         return None
     keys = method["queue.keys"][method["queue.index"] != UNKNOWN]

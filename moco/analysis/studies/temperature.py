@@ -34,7 +34,8 @@ from moco.runtime.preemption import PREEMPTED
 from moco.runtime.provenance import provenance
 from moco.untrusted import read_json, read_yaml
 
-RESULTS = "temperature.json"  # not results.json: the output may be a run, whose evaluations that file holds
+# Not results.json: the output may be a run directory, where results.json holds evaluations.
+RESULTS = "temperature.json"
 
 
 class Planned(NamedTuple):
@@ -232,12 +233,12 @@ def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return one row per temperature: mean and standard deviation (n - 1; null for one seed) of each measure."""
     rows = []
     for temperature, group in by_temperature(runs).items():
-        spreads = {name: _spread([column.of(run) for run in group]) for name, column in SUMMARY.items()}
-        rows.append({"temperature": temperature, "seeds": len(group)} | spreads)
+        statistics = {name: _mean_and_std([column.of(run) for run in group]) for name, column in SUMMARY.items()}
+        rows.append({"temperature": temperature, "seeds": len(group)} | statistics)
     return rows
 
 
-def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
+def _mean_and_std(values: Sequence[float | None]) -> dict[str, float | None]:
     known = [value for value in values if value is not None]
     deviation = float(np.std(known, ddof=1)) if len(known) > 1 else None
     return {"mean": float(np.mean(known)) if known else None, "std": deviation}
