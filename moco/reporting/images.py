@@ -34,7 +34,7 @@ _CLUSTERS = 10  # number of clusters if the images have no labels
 
 @dataclass(frozen=True, eq=False)
 class ImageFeatures:
-    """A run's encoder, the images in the report, and the reference images among which it searches for neighbors."""
+    """A run's encoder, the images in the report, and the reference images among which neighbors are searched."""
 
     backbone: nn.Module
     transform: EvalTransform

@@ -24,11 +24,11 @@ class Figures:
     images: dict[str, int] = field(default_factory=dict)  # data URL to number
 
     def add_image(self, image: Tensor) -> int:
-        """Return the number of an image (3, H, W) in the page."""
+        """Add an image (3, H, W) unless the page has it already, and return its number."""
         return self.images.setdefault(jpeg_url(image, _MAP_IMAGE), len(self.images))
 
     def add_chart(self, chart: curves.Chart, x_title: str) -> Markup:
-        """Return the chart's element."""
+        """Add a chart and return its element."""
         id = f"chart-{len(self.charts)}"
         self.charts[id] = curves.figure(chart, x_title)
         columns = [x_title, *(curve.name for curve in chart.curves)]
@@ -36,7 +36,7 @@ class Figures:
         return part("chart", id, chart.title, chart.unit, curves.summary(chart), columns, rows)
 
     def add_map(self, drawn: image_map.Map, images: Sequence[int]) -> Markup:
-        """Return the element of a map that shows the images with the given numbers."""
+        """Add a map of the images with the given numbers and return its element."""
         id = f"map-{len(self.maps)}"
         self.maps[id] = image_map.figure(drawn, images)
         return part("map", id, drawn.title, list(drawn.groups))

@@ -60,7 +60,7 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> float:
-        """The recorded length of an epoch; nan if it was not recorded."""
+        """The recorded length of an epoch in steps; nan if it was not recorded."""
         epochs, steps = self.values.get("train/epoch", ([], []))[::-1]
         return steps[-1] / epochs[-1] if epochs and epochs[-1] > 0 else math.nan
 
@@ -70,7 +70,7 @@ class Run:
 
     @property
     def images(self) -> int | None:
-        """The number of training images; None without a checkpoint, and for one of an early version."""
+        """The number of training images; None without a checkpoint, or if an early version wrote it."""
         length: int | None = self.state.get("data", {}).get("length")
         return length
 

@@ -51,7 +51,7 @@ def open_index(config: SearchConfig) -> Embedding:
 
 
 def query_features(config: SearchConfig, index: Embedding, device: torch.device) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return each query file's row in the index, (Q,), -1 if it is not there, and the features of all, (Q, D).
+    """Return the row in the index of each of Q queries, (Q,), -1 if it is not there, and the features of all, (Q, D).
 
     Raises:
         FileNotFoundError, ImageError: for a missing or unreadable query.

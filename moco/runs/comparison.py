@@ -138,7 +138,7 @@ def _fields(entry: Mapping[str, Any], of_encoder: bool) -> dict[str, Any]:
     without = set(EXCLUDED)
     if "choice.k" in found:  # then these are results: the encoder's best of the values in `choice`
         without |= {"settings.k", "settings.temperature"}
-    if found.get("data.name") == "digits":  # scikit-learn contains them
+    if found.get("data.name") == "digits":  # scikit-learn contains the images: data.root has no effect
         without.add("data.root")
     if "backbone_sha256" in found:  # then sha256 covers the projection head, too
         found["projection_sha256"], found["sha256"] = found.get("sha256"), found.pop("backbone_sha256")

@@ -193,7 +193,7 @@ def _setting(field: str, run: Path) -> str:
 
 
 def _is_usable(path: Path) -> bool:
-    """Return whether a run may begin in a directory without a run: it does not exist, or holds no files of others."""
+    """Return whether a run may begin in a directory without a run: it is missing, or holds only moco's own remnants."""
     return not path.is_dir() or all(each.name == LOCK or _is_remnant(each) for each in path.iterdir())
 
 

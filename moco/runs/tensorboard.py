@@ -85,7 +85,8 @@ class TensorBoard:
         """Add counts in equal bins over -1 ... 1, shape (B,), to TensorBoard."""
         counts, edges = np.asarray(counts, np.float64), np.linspace(-1, 1, len(counts) + 1)
         middles = (edges[1:] + edges[:-1]) / 2
-        sums = counts.sum(), counts @ middles, counts @ middles**2  # of the values and of their squares
+        # The number of values, their sum, and the sum of their squares.
+        sums = counts.sum(), counts @ middles, counts @ middles**2
         with write_errors(self._path):
             self._events.add_histogram_raw(name, -1.0, 1.0, *sums, edges[1:].tolist(), counts.tolist(), step)
 

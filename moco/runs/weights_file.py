@@ -24,7 +24,7 @@ class CodeRefused(CheckpointError):
 
 
 class _Settings:
-    """Takes the place of argparse's settings, which DINO and SupContrast save beside their weights; holds none."""
+    """Takes the place of argparse's settings, which DINO and SupContrast save beside their weights; keeps no values."""
 
     def __setstate__(self, state: Any) -> None:
         pass

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 PREEMPTED = os.EX_TEMPFAIL  # 75, "try again later": running the same command again resumes
-INTERRUPTED = 130  # the exit status that shells report after Ctrl-C, and at which a loop in a shell script ends
+INTERRUPTED = 130  # 128 + SIGINT, the exit status that shells report for a command that Ctrl-C has ended
 
 
 class Reason(IntEnum):

@@ -62,7 +62,8 @@ def check_against_data(config: TrainConfig, plan: Plan, sources: Sources | None 
 def check_gradients(config: TrainConfig, encoder: nn.Module, device: torch.device) -> None:
     """Compare an encoder's gradients on MPS with those on the CPU, on 16 images of noise in two BN groups.
 
-    Versions of torch compute wrong gradients on MPS without an error: https://github.com/pytorch/pytorch/issues/175189.
+    Some versions of torch compute wrong gradients on MPS and raise no error:
+    https://github.com/pytorch/pytorch/issues/175189.
 
     Raises:
         ConfigError: if they differ by more than `GRADIENT_ERROR`.

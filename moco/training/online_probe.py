@@ -55,7 +55,7 @@ class OnlineProbe:
         self._seen = []
 
     def step(self, index: Tensor, accumulate: int) -> dict[str, Tensor]:
-        """Train on the features of a step, averaged over all its images and processes. Collective.
+        """Update the classifier with the features of a step, of all its images on all processes. Collective.
 
         Args:
             index: the image indices of the local batch, (n,).

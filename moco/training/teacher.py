@@ -43,8 +43,8 @@ def load_teacher(config: TrainConfig) -> nn.Module:
     Collective: all ranks must have the same weights.
 
     Raises:
-        ConfigError: if the file does not exist, if the teacher's dimension is not `model.dim`, if it takes images of
-            other channels or another range of values than the run's, or if ranks differ.
+        ConfigError: if the file does not exist, if the teacher's dimension is not `model.dim`, if it takes images with
+            another number of channels or range of values than the run's, or if ranks differ.
         ForeignFileError, CheckpointError, ValueError: see `moco.interop.encoder_file.read_encoder`, `fit_to_size` and
             `moco.models.backbones.build_backbone`.
     """
@@ -85,7 +85,7 @@ def _published(config: TrainConfig) -> tuple[nn.Module, Normalization]:
 
 
 def _check_images(config: TrainConfig, channels: int, dtype: str) -> None:
-    """Refuse a teacher whose images have other channels, or values of another range, than those of the run."""
+    """Refuse a teacher for images with another number of channels, or range of values, than those of the run."""
     method: Any = config.method
     data, teacher = config.data, f"method.teacher={method.teacher}"
     require(

@@ -28,7 +28,8 @@ PROFILED = 5  # steps in a profile, after as many steps of warm-up
 def encoder_flops(encoder: nn.Module, images: int, size: int) -> tuple[int, int]:
     """Count the floating point operations per image of a forward pass, and of a forward and backward pass.
 
-    Convolutions and matrix products count, a multiply-add as two. The copy on the device "meta" computes nothing.
+    Convolutions and matrix products count, a multiply-add as two. A copy of the encoder on the device "meta" is
+    counted, so nothing is computed.
 
     Args:
         encoder: images to embeddings (N, C).
