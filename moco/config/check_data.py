@@ -22,7 +22,8 @@ class CheckDataConfig(CommandConfig):
     """Also compute the mean and the standard deviation of each channel over all training images, for augment.mean and
     augment.std. They are in the report and in the suggested command."""
     budget: int = bounded(BUDGET, ge=1)
-    """For a small data set, suggest a run of this many epochs times images; 40000: about ten minutes on a laptop."""
+    """For a small data set, choose the epochs of the suggested run so that epochs times images is about this number;
+    40000: about ten minutes on a laptop."""
 
 
 def check_check_data(config: CheckDataConfig) -> None:
