@@ -146,8 +146,9 @@ class OptimConfig:
 class EvaluateConfig:
     """The evaluation while training: the accuracy of a k-nearest-neighbor (kNN) classifier on labeled held-out images.
 
-    Without labels it crops at most 1024 images, or one batch if that is larger, twice at random. It compares each crop
-    with all crops of the other set, and reports how often the most similar one is of the same image.
+    Without labels it makes two random crops of each of at most 1024 images (or of one training batch, if that is
+    larger). It compares each first crop with all second crops, and vice versa, and reports how often the most similar
+    one is of the same image.
     """
 
     every_epochs: int = bounded(1, ge=0)
@@ -326,7 +327,7 @@ def _check_shard(config: TrainConfig) -> None:
         require(not (getattr(config, name) and chosen), error)
     learned = config.shard and config.method.temperature_schedule == "learned"
     fix = "set method.temperature_schedule=constant or shard=false"
-    require(not learned, f"method.temperature_schedule=learned is one number, which shard=true cannot divide: {fix}")
+    require(not learned, f"method.temperature_schedule=learned trains one number that shard=true cannot divide: {fix}")
 
 
 def bn_sync_fields(config: TrainConfig, processes: int) -> str:

@@ -38,7 +38,7 @@ from moco.kernels import fused
 TRIES = 10  # area and ratio are drawn at most this often before the central fallback, as in torchvision
 CROP_DRAWS = 2 * TRIES + 2  # uniform numbers per crop: T for the area, T for the log ratio, 1 for top, 1 for left
 
-_LARGEST_TABLE = 2**24  # numbers in a table of weights; for longer images each crop is resized alone
+_LARGEST_TABLE = 2**24  # numbers in a table of weights; for larger images, each crop is resized alone
 _LARGEST_RESIZED = 2**24  # pixels of an image that is resized as a whole before its center is cut out
 
 

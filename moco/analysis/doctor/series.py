@@ -43,7 +43,7 @@ class Alarm(NamedTuple):
 
     name: str
     evidence: str  # with the numbers
-    remedy: str  # fields to change, the most likely first
+    remedy: str  # fields to change, from the most to the least likely to help
 
     def __str__(self) -> str:
         return f"{self.name}: {self.evidence}. Try {self.remedy}"

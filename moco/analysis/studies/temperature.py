@@ -78,7 +78,7 @@ def explain(config: TemperatureConfig) -> None:
     figure = output / "explain.svg"
     draw_explanation(figure, similarities, min(0.02, *temperatures), max(2.0, *temperatures))
     log(f"figure: {figure}")
-    log_next("python -m moco.temperature", "its effect in real runs; see docs/temperature.md")
+    log_next("python -m moco.temperature", "the effect of T in real runs; see docs/temperature.md")
 
 
 def sweep(config: TemperatureConfig) -> list[Run]:
