@@ -1,4 +1,7 @@
-"""Train a segmentation network on an encoder: `python -m moco.segment run=DIR masks.root=DIR`, or under torchrun."""
+"""Train a segmentation network on an encoder: `python -m moco.segment`, or under torchrun.
+
+Example: `python -m moco.segment run=DIR masks.root=DIR masks.hold_out=0.2`.
+"""
 
 from moco.cli import Command, launched_processes
 from moco.config.segment import SegmentConfig, check_segment
