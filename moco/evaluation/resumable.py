@@ -144,54 +144,40 @@ def train_resumably(
         on_step("")
     on_all_ranks(supervision.heartbeat)
     if start < steps:
-        _train(supervision, training, network, optimizer, train, on_step, start)
+        stop = DelayedMaxOverRanks(supervision.device)
+        supervision.watchdog.finished(start)
+        with _logging(supervision, training, start) as write, supervision.preemption.stepping():
+
+            def after(step: Step) -> None:
+                supervision.watchdog.finished(step.done)
+                on_step(f"{title}: loss {step.loss:.3f}")
+                write(step)
+                reason = stop(supervision.preemption.reason()) if step.done < steps else Reason.NONE
+                due = step.done == steps or (supervision.save_every and step.done % supervision.save_every == 0)
+                if due or reason:
+                    on_rank_zero(lambda: save_state(training.state, network, optimizer, step.done))
+                    supervision.saved(step.done, steps)
+                if reason:
+                    raise Preempted(Reason(reason), step.done, steps)
+
+            train(start, after)
     on_rank_zero(training.copy_curves)
 
 
-def _train(
-    supervision: Supervision,
-    training: ResumableTraining,
-    network: nn.Module,
-    optimizer: Optimizer,
-    train: Callable[[int, OnStep], None],
-    on_step: Callable[[str], None],
-    start: int,
-) -> None:
-    """Run the steps from `start` on; log and save. Stop all ranks on a signal or at the time limit of one of them."""
-    steps, title = training.steps, training.title
-    stop, times = DelayedMaxOverRanks(supervision.device), StepTimes(supervision.device, training.batch_size)
-    supervision.watchdog.finished(start)
-    with _logging(training.metrics, start) as write, supervision.preemption.stepping():
-
-        def after(step: Step) -> None:
-            times.add_step(step.began, step.arrived)
-            supervision.watchdog.finished(step.done)
-            on_step(f"{title}: loss {step.loss:.3f}")
-            if step.done % supervision.log_every == 0 or step.done in (1, steps):
-                write(step, times)
-            reason = stop(supervision.preemption.reason()) if step.done < steps else Reason.NONE
-            due = step.done == steps or (supervision.save_every and step.done % supervision.save_every == 0)
-            if due or reason:
-                on_rank_zero(lambda: save_state(training.state, network, optimizer, step.done))
-                supervision.saved(step.done, steps)
-            if reason:
-                raise Preempted(Reason(reason), step.done, steps)
-
-        train(start, after)
-
-
 @contextmanager
-def _logging(folder: Path, start: int) -> Iterator[Callable[[Step, StepTimes], None]]:
-    """Yield a function that records a step in `folder`/metrics.jsonl and TensorBoard's events. Collective."""
-    opened = list[MetricsLogger]()
+def _logging(supervision: Supervision, training: ResumableTraining, start: int) -> Iterator[Callable[[Step], None]]:
+    """Yield a function that takes each step and records some in metrics.jsonl and TensorBoard's events. Collective."""
+    opened, times = list[MetricsLogger](), StepTimes(supervision.device, training.batch_size)
 
     def open_log() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        opened.append(MetricsLogger(folder, start))
+        training.metrics.mkdir(parents=True, exist_ok=True)
+        opened.append(MetricsLogger(training.metrics, start))
 
-    def write(step: Step, times: StepTimes) -> None:
-        values = {f"train/{name}": getattr(step, name) for name in ("loss", "lr", "gradient_norm")} | times.record()
-        on_rank_zero(lambda: opened[0].log(step.done, values))
+    def write(step: Step) -> None:
+        times.add_step(step.began, step.arrived)
+        if step.done % supervision.log_every == 0 or step.done in (1, training.steps):
+            values = {f"train/{name}": getattr(step, name) for name in ("loss", "lr", "gradient_norm")} | times.record()
+            on_rank_zero(lambda: opened[0].log(step.done, values))
 
     on_rank_zero(open_log)
     try:
