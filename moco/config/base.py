@@ -240,7 +240,7 @@ class StoppableConfig(ComputeConfig):
     """The fields of the commands that train: when to log and when to stop."""
 
     log_every: int = bounded(10, ge=1)
-    """Write a record to metrics.jsonl and TensorBoard (in moco.train, to the loggers of `logger`) every N steps."""
+    """Write a record to metrics.jsonl, and by default to TensorBoard, every N steps."""
     stop_after: float = bounded(0.0, ge=0)
     """Minutes from the start of the command after which the run saves and exits with status 75; run the same command to
     resume it. 0: never. Set it to a job's time limit minus the time of a step, an evaluation and a checkpoint."""

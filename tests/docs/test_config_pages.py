@@ -1,6 +1,7 @@
 """The pages of docs/config/ agree with the schemas and configs/."""
 
-from dataclasses import dataclass, fields
+import re
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,19 @@ def test_every_field_has_a_meaning(schema: type) -> None:
         if not meaning and not elsewhere.get(name, ("", ""))[1]
     }
     assert missing <= {*config_pages.GROUPS, "images", "masks", "boxes", "sweep", "official"}  # groups of fields
+
+
+def _meanings(schema: type) -> dict[str, str]:
+    found = dict[str, str]()
+    for base in filter(is_dataclass, reversed(schema.__mro__)):
+        found |= {name: meaning for name, (_, meaning) in config_pages.declared_fields(base).items()}
+    return found
+
+
+@pytest.mark.parametrize("command", config_pages.commands())
+def test_a_meaning_names_only_fields_that_the_command_has(command: str) -> None:
+    """A field that several commands inherit must not refer to a field of one of them."""
+    known = {name for schema in config_pages.commands().values() for name in _meanings(schema)}
+    own = _meanings(config_pages.commands()[command])
+    named = {name for meaning in own.values() for name in re.findall(r"`(\w+)`", meaning)}
+    assert named & known <= own.keys()
