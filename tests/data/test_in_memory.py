@@ -100,14 +100,14 @@ def test_an_image_in_memory_is_its_file(form: PixelFormat, tmp_path: Path) -> No
     for name, content in contents().items():
         path = tmp_path / name
         path.write_bytes(content)
-        expected = pixels_or_none(lambda: decode_bytes(name, content, form))  # noqa: B023
+        expected = pixels_or_none(lambda: decode_bytes(name, content, form))  # noqa: B023 # called at once
         for loaded in (False, True):
             image = Image.open(path)
             if loaded:
                 image.load()
             if loaded and name == "turned16.tif":  # PIL forgets the orientation of a TIFF that it maps into memory
                 continue
-            found = pixels_or_none(lambda: to_pixels(image, form))  # noqa: B023
+            found = pixels_or_none(lambda: to_pixels(image, form))  # noqa: B023 # called at once
             if (loaded and lost_once_loaded(name, form)) or expected is None:
                 assert found is None, name
             else:

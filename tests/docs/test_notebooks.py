@@ -12,7 +12,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from tests.docs.pages import REPOSITORY, Command
-from tests.docs.test_commands import Workplace, shell_in, surroundings, workplace  # noqa: F401  fixtures
+from tests.docs.test_commands import Workplace, shell_in, surroundings, workplace  # noqa: F401 # fixtures
 
 NOTEBOOKS = sorted((REPOSITORY / "docs" / "notebooks").glob("*.ipynb"))
 
@@ -27,7 +27,7 @@ def cells(notebook: Path) -> list[str]:
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=[each.stem for each in NOTEBOOKS])
 def test_a_notebook_runs(
     notebook: Path,
-    workplace: Workplace,  # noqa: F811
+    workplace: Workplace,  # noqa: F811 # a fixture
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],

@@ -74,7 +74,7 @@ def test_a_draw_is_balanced_and_a_function_of_labels_seed_and_number() -> None:
     assert len(set(rows.tolist())) == 12
     assert counts_per_class(rows) == [3] * 4
     torch.manual_seed(1)
-    np.random.seed(1)  # noqa: NPY002
+    np.random.seed(1)  # noqa: NPY002 # the global generator must have no effect
     assert np.array_equal(draw_labels(LABELS, 3, 3, seed=0), rows)
     assert not np.array_equal(draw_labels(LABELS, 3, 3, seed=1), rows)
     assert set(draw_labels(LABELS, 1, 3).tolist()) < set(rows.tolist())

@@ -162,7 +162,7 @@ def test_the_encoder_has_the_configured_norm(kind: BatchNormKind, groups: set[in
     ],
 )
 def test_unknown_names_and_options_are_refused(name: str, options: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 # the message is compared below
         build_encoder(name, options, 2, 0, 8, "grouped", 2)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)

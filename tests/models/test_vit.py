@@ -197,7 +197,7 @@ def test_images_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
     ],
 )
 def test_invalid_options_are_refused(options: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 # the message is compared below
         build_backbone("vit", SMALL | options)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -176,10 +176,11 @@ def _runs(patterns: Sequence[str]) -> list[str]:
     """Return the directories that match the patterns, without duplicates."""
     found: dict[Path, str] = {}
     for pattern in patterns:
-        matches = sorted(path for path in glob.glob(pattern) if Path(path).is_dir())  # noqa: PTH207
+        paths = glob.glob(pattern)  # noqa: PTH207 # Path.glob takes no absolute pattern
+        matches = sorted(path for path in paths if Path(path).is_dir())
         if not matches:
             name = "name a run directory, e.g. runs=[runs/digits]"
-            matched = f"{pattern} matches {'no directory' if not glob.glob(pattern) else 'files only'}"  # noqa: PTH207
+            matched = f"{pattern} matches {'files only' if paths else 'no directory'}"
             raise ConfigError(f"runs: {matched}: {name}")
         found |= {resolved(path): path for path in matches}
     return list(found.values())
