@@ -1,22 +1,19 @@
 """A trained detector as a file, and the objects that it finds in an image."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from moco.data.decode import decode
 from moco.detection.network import DetectorSettings, build_detector
 from moco.detection.training import Detections, detections_in
 from moco.detection.views import ViewSettings, resized
-from moco.files import cause
-from moco.interop.encoder_file import EncoderFile, ForeignFileError, load_all
-from moco.interop.weights import save_weights
-from moco.untrusted import parse_json, refuse_special_file
+from moco.interop.encoder_file import EncoderFile
+from moco.interop.network_file import load_network, save_network
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +43,7 @@ def save_detector(
 ) -> None:
     """Write a detector to a safetensors file that describes itself."""
     about = {"classes": detector.classes, "views": asdict(detector.views), "form": asdict(form)}
-    about |= {"backbone": backbone, "options": dict(options)}
-    metadata = {name: json.dumps(value) for name, value in about.items()}
-    save_weights(path, detector.network.state_dict(), metadata)
+    save_network(path, detector.network, backbone, options, about)
 
 
 def load_detector(path: str | Path) -> Detector:
@@ -58,19 +53,10 @@ def load_detector(path: str | Path) -> Detector:
         FileNotFoundError: if the file does not exist.
         ForeignFileError: if the file is damaged, or is not a detector of moco.detect.
     """
-    file = Path(path)
-    if not file.exists():
-        raise FileNotFoundError(f"{file} does not exist")
-    try:
-        refuse_special_file(file)
-        with safe_open(file, "pt") as opened:
-            texts = opened.metadata() or {}
-            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        about = {name: parse_json(texts[name]) for name in ("classes", "views", "form", "backbone", "options")}
-        form, views = DetectorSettings(**about["form"]), ViewSettings(**about["views"])
-        encoder = EncoderFile(str(file), "detector", str(about["backbone"]), dict(about["options"]), {})
-        network = build_detector(encoder, form, len(about["classes"]), seed=0, untrained=True)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ForeignFileError(f"{file} cannot be read as a detector of moco.detect ({cause(error)})") from error
-    load_all(network, weights, f"{file} does not fit {form.detector}")
-    return Detector(network.eval().requires_grad_(False), tuple(map(str, about["classes"])), views)
+
+    def build(encoder: EncoderFile, about: dict[str, Any]) -> nn.Module:
+        ViewSettings(**about["views"])  # refuse other fields
+        return build_detector(encoder, DetectorSettings(**about["form"]), len(about["classes"]), seed=0, untrained=True)
+
+    network, about = load_network(path, "detector of moco.detect", ("classes", "views", "form"), build)
+    return Detector(network, tuple(map(str, about["classes"])), ViewSettings(**about["views"]))

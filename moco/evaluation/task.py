@@ -1,6 +1,7 @@
 """The common parts of the evaluation commands: the opened task, an encoder's result, results.json and the table."""
 
 import os
+import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,9 +42,9 @@ from moco.evaluation.subject import (
 from moco.interop.encoder_file import EncoderFile
 from moco.runs import results
 from moco.runs.comparison import BASELINES
-from moco.runtime.console import duration, log, percent, progress_bar, table
+from moco.runtime.console import duration, log, log_next, percent, progress_bar, table
 from moco.runtime.device import compute_context
-from moco.runtime.next_command import changed_fields
+from moco.runtime.next_command import changed_fields, command
 
 Config = TypeVar("Config", bound=SubjectConfig)
 
@@ -240,6 +241,17 @@ def changed_settings(config: EncoderConfig, file: str, names: Iterable[str]) -> 
     values = asdict(config)
     usual = merged(asdict(type(config)()), yaml_fields(file))
     return dict(changed_fields({name: value for name, value in values.items() if name in names}, usual))
+
+
+def log_next_training(config: EncoderConfig, name: str, seeds: int, output: Path) -> None:
+    """Print the next command after moco.NAME: the same with three seeds if it had fewer, else TensorBoard."""
+    if seeds < 3:
+        shared = {each.name for each in fields(EncoderConfig)}
+        changed = changed_settings(config, name, asdict(config).keys() - shared)
+        three = command(f"moco.{name}", config, **changed | {"seeds": 3})
+        log_next(three, "three seeds, for intervals; finished ones are kept")
+    else:
+        log_next(shlex.join(["tensorboard", "--logdir", str(output)]), "losses of the trainings")
 
 
 def changed_images(config: SubjectConfig) -> dict[str, Any]:

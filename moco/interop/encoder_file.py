@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from moco.config.types import check_saved, type_error
 from moco.data.pixel_format import RGB
 from moco.files import cause
 from moco.interop.foreign import LAYOUTS, OFFICIAL, PLAIN, Layout, Part, State, flat, has_small_stem, parts, under
-from moco.interop.weights import save_weights
+from moco.interop.weights import load_weights, save_weights
 from moco.models.backbones import build_backbone, published_images, with_channels
 from moco.models.encoder import Encoder, projection_head
 from moco.models.first_layer import first_convolution
 from moco.plugins import naming_plugins
 from moco.runs import checkpoint
 from moco.runs.weights_file import CodeRefused, read_weights
-from moco.untrusted import parse_json, refuse_special_file
+from moco.untrusted import parse_json
 
 # timm's options for loading published weights, which the file's weights replace
 LOADING_OPTIONS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
@@ -377,9 +377,7 @@ def images_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _safetensors(path: Path, backbone: str | None, options: dict[str, Any] | None) -> EncoderFile:
     try:
-        refuse_special_file(path)
-        with safe_open(path, "pt") as file:
-            about, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about, weights = load_weights(path)
         metadata = {name: parse_json(about[name]) for name in _METADATA if name in about}
         if error := type_error("", metadata, _METADATA, exact=True):
             raise ValueError(f"in its metadata, {error}")

@@ -28,9 +28,13 @@ class CropSettings:
     std: Sequence[float]
 
     def normalized(self, image: Tensor) -> Tensor:
-        """Return an image (3, H, W) of uint8 as normalized float32."""
-        normalized: Tensor = transforms.normalize(image.float() / 255, list(self.mean), list(self.std))
-        return normalized
+        return normalized(image, self.mean, self.std)
+
+
+def normalized(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return an image (3, H, W) of uint8 as normalized float32."""
+    found: Tensor = transforms.normalize(image.float() / 255, list(mean), list(std))
+    return found
 
 
 def training_crop(

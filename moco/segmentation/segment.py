@@ -1,6 +1,5 @@
 """`python -m moco.segment`: train a segmentation network on each encoder with each seed, evaluate, save."""
 
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -29,11 +28,11 @@ from moco.evaluation.task import (
     describe_encoder,
     describe_start,
     interval_note,
+    log_next_training,
     own_settings,
     progress_log,
 )
 from moco.interop.encoder_file import EncoderFile
-from moco.interop.weights import save_weights
 from moco.runs.results import prepare, record
 from moco.runtime.console import log, percent, progress_bar, table
 from moco.runtime.precision import PRECISIONS
@@ -43,6 +42,7 @@ from moco.segmentation.masks import IGNORED, MaskedImages, count_classes, open_m
 from moco.segmentation.measure import Overlap
 from moco.segmentation.network import SegmentationNetwork, build_network, with_output_stride
 from moco.segmentation.predictions import write_predictions
+from moco.segmentation.saved import Segmenter, save_segmenter
 from moco.segmentation.training import TrainSettings, evaluate, predict, train
 
 # Fields not listed under "changed" in results.json: "protocol" states them, or they do not affect the result of a seed.
@@ -118,6 +118,7 @@ def evaluate_segment(config: SegmentConfig, preemption: PreemptionHandler | None
         log(f"written: {path}")
         for each in found:
             log(f"saved: {each.saved}/network.safetensors and predictions.png (of the last seed)")
+        log_next_training(config, "segment", config.seeds, run.output)
     return found
 
 
@@ -223,10 +224,8 @@ def _save(run: Segmentation, name: str, network: SegmentationNetwork, folder: Pa
     """Write network.safetensors with the class names, and predictions.png of some held-out images."""
     folder.mkdir(parents=True, exist_ok=True)
     file, crops = run.files[name], run.training(name).crops
-    about = {"classes": run.train.classes, "options": file.options, "mean": list(crops.mean), "std": list(crops.std)}
-    metadata = {key: json.dumps(value) for key, value in about.items()}
-    metadata |= {"head": run.config.head, "backbone": file.backbone}
-    save_weights(folder / "network.safetensors", network.state_dict(), metadata)
+    segmenter = Segmenter(network, run.train.classes, crops.mean, crops.std)
+    save_segmenter(folder / "network.safetensors", segmenter, run.config.head, file.backbone, file.options)
     rows = range(0, len(run.held_out), max(1, len(run.held_out) // SHOWN))[:SHOWN]
     masks = predict(network, run.held_out, rows, crops, 0)
     shown = ((run.held_out.pairs[row][0], (mask, found)) for row, (found, mask) in zip(rows, masks, strict=True))

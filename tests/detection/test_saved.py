@@ -73,6 +73,6 @@ def test_other_files_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ForeignFileError, match=r"cannot be read as a detector of moco\.detect .*classes"):
         load_detector(path)
     save_detector(path, Detector(network, ("a",), VIEWS), settings, "resnet18", {})  # its weights are for two classes
-    with pytest.raises(ForeignFileError, match=r"x\.safetensors does not fit retinanet: .* have another shape"):
+    with pytest.raises(ForeignFileError, match=r"x\.safetensors does not fit the detector .*: .* have another shape"):
         load_detector(path)
     assert "head.classification_head.cls_logits.weight" in load_file(path)
