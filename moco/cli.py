@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -135,7 +136,8 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
         sentence = _naming_field(_sentence(error), config)
         if type(error) is FileNotFoundError and error.errno is None:  # of moco: the system's errors have a number
             _exit(2, sentence, error)
-        _exit(1, f"{sentence}{_image_advice(name, error)} (MOCO_TRACEBACK=1 shows where)", error)
+        hint = "" if _explains_itself(error) else " (MOCO_TRACEBACK=1 shows where)"
+        _exit(1, f"{sentence}{_image_advice(name, error)}{hint}", error)
     except Preempted as stopped:  # not an error: never a traceback
         if os.environ.get("RANK", "0") == "0":
             print_error(f"moco: {stopped}")
@@ -191,6 +193,12 @@ def _exit(status: int, sentence: str, error: BaseException) -> None:
 def _is_image_error(error: BaseException) -> bool:
     decode = sys.modules.get("moco.data.decode")  # not imported here, because it imports torch; None: no image was read
     return decode is not None and isinstance(error, decode.ImageError)
+
+
+def _explains_itself(error: BaseException) -> bool:
+    """Return whether a statement of moco raised the error, so that its sentence says what to do."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(last.filename).is_relative_to(Path(__file__).parent) and str(last.line).startswith("raise ")
 
 
 def _image_advice(name: str, error: BaseException) -> str:

@@ -117,7 +117,9 @@ def open_masked(config: MasksConfig) -> tuple[MaskedImages, MaskedImages]:
         return train, replace(known, pairs=tuple(_folder(Path(config.eval_root), "masks.eval_root")))
     rest, held = split_copies([path for path, _ in train.pairs], config.hold_out)
     require(
-        bool(rest and held), f"masks.hold_out={config.hold_out} of {len(train)} images leaves a split empty: change it"
+        bool(rest and held),
+        f"masks.hold_out={config.hold_out} of {len(train)} images leaves a split empty: change it, or name held-out "
+        "images with masks.eval_root",
     )
     return train.subset(rest), train.subset(held)
 
@@ -233,8 +235,11 @@ def _existing(pairs: list[tuple[str, str]], split: str) -> list[tuple[str, str]]
 
 def _read_mask(path: str) -> NDArray[np.uint8]:
     """Return the values of a mask file, (H, W); those of an image with a palette are its indices."""
-    content = read_bytes(path)
     numbers = "the pixels of a mask are numbers of classes: a PNG with a palette or with gray values"
+    try:
+        content = read_bytes(path)
+    except ImageError as error:
+        raise ImageError(f"cannot read the mask {path}: {error.reason}") from error
     try:
         with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             if image.format == "JPEG":

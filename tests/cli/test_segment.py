@@ -1,6 +1,7 @@
 """`python -m moco.segment`: a run, its files, resuming, and what is refused."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,21 @@ def test_a_run_writes_results_weights_and_a_picture(canvases: Path, run: Run) ->
     again = [load_file(path) for path in before]
     for found, content in zip(again, before.values(), strict=True):
         assert all(torch.equal(value, found[key]) for key, value in load(content).items())
+
+
+def test_the_next_command_adds_seeds_and_keeps_the_finished_one(canvases: Path, run: Run) -> None:
+    status, out, err = run("segment", *ENCODER, *SMALL, NAMED, "output=out", "encoders=[pretrained]", "steps=2")
+    assert status == 0, err
+    (line,) = [each for each in out.splitlines() if each.startswith("next: ")]
+    words = shlex.split(line.removeprefix("next: ").partition("  (")[0])
+    assert words[:3] == ["python", "-m", "moco.segment"]
+    status, out, err = run("segment", *words[3:])
+    assert status == 0, err
+    assert out.count("already trained") == 1
+    assert "next: tensorboard --logdir out" in out
+    assert list((canvases / "out").rglob("*tfevents*"))
+    (_, entry) = json.loads((canvases / "out/results.json").read_text())
+    assert len(entry["per_seed"]) == 3
 
 
 def test_another_normalization_or_number_of_classes_is_another_training(canvases: Path, run: Run) -> None:
@@ -140,6 +156,19 @@ def test_what_cannot_run_is_one_sentence(canvases: Path, run: Run, overrides: li
     assert message in err
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_a_mask_that_cannot_be_used_is_no_fault_of_the_program(canvases: Path, run: Run) -> None:
+    """The sentence names the mask; a traceback, or a check of the images, would not help."""
+    (canvases / "c/train/masks/00000.png").write_bytes(b"")
+    status, _, err = run("segment", *ENCODER, *SMALL, NAMED, "output=out")
+    assert status == 1
+    assert err.endswith("cannot read the mask c/train/masks/00000.png: the file is empty\n")
+    Image.new("RGB", (24, 24)).save(canvases / "c/train/masks/00000.png")
+    status, _, err = run("segment", *ENCODER, *SMALL, NAMED, "output=out")
+    assert status == 1
+    assert "holds colors" in err
+    assert "MOCO_TRACEBACK" not in err
 
 
 def test_the_same_command_on_other_data_does_not_resume(canvases: Path, run: Run) -> None:
