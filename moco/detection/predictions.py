@@ -1,6 +1,6 @@
 """predictions.png: images with their true boxes, and with those that a detector finds."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,23 +10,30 @@ from moco.detection.images import BoxedImage, coco_masks
 from moco.detection.training import Detections
 from moco.evaluation.strips import tile, voc_colors, write_strips
 
+DASH = 5  # pixels of a dash, and of the gap after it
 SHOWN_SCORE = 0.5  # detections with a lower score are not drawn
 
 
 def write_predictions(path: Path, rows: Iterable[tuple[BoxedImage, Detections]], classes: tuple[str, ...]) -> None:
     """Write a PNG with a row for each image: with its true boxes, and with the detections and their scores.
 
-    Each class has a color of Pascal VOC. The masks of detections are drawn too, if there are any.
+    Each class has a color of Pascal VOC. The boxes of ignored objects are dashed, and labeled as ignored. The
+    masks of detections are drawn too, if there are any.
     """
     strips = []
     for image, found in rows:
         pixels = image.pixels().permute(1, 2, 0).numpy()  # (H, W, 3)
-        true = _drawn(pixels, image.boxes, image.labels, [classes[label - 1] for label in image.labels])
+        names = [
+            classes[label - 1] + " (ignored)" * bool(ignored)
+            for label, ignored in zip(image.labels, image.ignored, strict=True)
+        ]
+        true = _drawn(pixels, image.boxes, image.labels, names, image.ignored)
         shown = found.scores >= SHOWN_SCORE
         boxes, labels, scores = (each[shown] for each in (found.boxes, found.labels, found.scores))
         texts = [f"{classes[label - 1]}: {score:.2f}" for label, score in zip(labels, scores, strict=True)]
         masks = [coco_masks().decode(each) for each, kept in zip(found.masks, shown, strict=False) if kept]
-        strips.append([true, _drawn(_masked(pixels, masks, labels), boxes, labels, texts)])
+        found_tile = _drawn(_masked(pixels, masks, labels), boxes, labels, texts, np.zeros(len(boxes), bool))
+        strips.append([true, found_tile])
     write_strips(path, strips)
 
 
@@ -38,14 +45,31 @@ def _masked(pixels: np.ndarray, masks: list[np.ndarray], labels: np.ndarray) -> 
     return out
 
 
-def _drawn(pixels: np.ndarray, boxes: np.ndarray, labels: np.ndarray, texts: list[str]) -> Image.Image:
+def _drawn(
+    pixels: np.ndarray, boxes: np.ndarray, labels: np.ndarray, texts: list[str], dashed: np.ndarray
+) -> Image.Image:
     image = tile(pixels, Image.Resampling.BILINEAR)
     draw, scale = ImageDraw.Draw(image), image.height / pixels.shape[0]
-    for box, label, text in zip(boxes * scale, labels, texts, strict=True):
+    for box, label, text, with_gaps in zip(boxes * scale, labels, texts, dashed, strict=True):
         color = tuple(int(each) for each in voc_colors()[label % 256])
         corners = [float(each) for each in box]
-        draw.rectangle(corners, outline="white", width=4)  # so that a dark box is visible on a dark image
-        draw.rectangle(corners, outline=color, width=2)
+        if with_gaps:
+            _draw_dashed(draw, corners, color)
+        else:
+            draw.rectangle(corners, outline="white", width=4)  # so that a dark box is visible on a dark image
+            draw.rectangle(corners, outline=color, width=2)
         shown = text.encode("ascii", "replace").decode()  # the font may have no other characters
         draw.text((corners[0] + 4, corners[1] + 2), shown, fill=color, stroke_width=2, stroke_fill="white")
     return image
+
+
+def _draw_dashed(draw: ImageDraw.ImageDraw, corners: Sequence[float], color: tuple[int, ...]) -> None:
+    """Draw a box whose sides are dashes, each on a white one."""
+    left, top, right, bottom = corners
+    for outline, width in (("white", 4), (color, 2)):
+        for x in np.arange(left, right, 2 * DASH):
+            for y in (top, bottom):
+                draw.line([x, y, min(x + DASH, right), y], fill=outline, width=width)
+        for y in np.arange(top, bottom, 2 * DASH):
+            for x in (left, right):
+                draw.line([x, y, x, min(y + DASH, bottom)], fill=outline, width=width)
