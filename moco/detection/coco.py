@@ -5,20 +5,19 @@ Every error is a sentence that begins with the name of the file.
 
 import json
 import math
-import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 
-from moco.config import ConfigError, RunWarning, require
+from moco.config import ConfigError, require
 from moco.data.file_names import existing_path
 from moco.data.labels import first_names
-from moco.detection.images import BoxedImage, BoxedImages
+from moco.detection.box_check import BoxCheck
+from moco.detection.images import BoxedImage, BoxedImages, split_of
 from moco.untrusted import refuse_special_file
-
-TOLERANCE = 1.0  # a box may reach this many pixels outside its image, because coordinates are rounded; it is clipped
 
 
 def read_coco(
@@ -43,6 +42,7 @@ def read_coco(
     images, annotations, categories = (_by_id(file, name, content) for name in ("images", "annotations", "categories"))
     names, numbers = _classes(file, categories, classes)
     objects: dict[int, list[tuple[Any, ...]]] = {each: [] for each in images}
+    check, dropped = BoxCheck(), Counter[int]()
     known = f"and the categories are {first_names([str(each) for each in numbers])}"
     for number, entry in annotations.items():
         where = f"{file}: annotation {number}"
@@ -52,17 +52,20 @@ def read_coco(
         if not _is_id(category) or category not in numbers:
             fix = "add it to the categories, or correct the annotation"
             raise ConfigError(f"{where} has category_id {category!r}, {known}: {fix}")
-        if (box := _box(where, entry, images[image], drop)) is not None:
-            crowd = entry.get("iscrowd", 0) in (1, True)
+        box = _box(where, number, entry, images[image], check)
+        dropped[image] += box is None
+        if box is not None:
+            crowd = entry.get("iscrowd") or 0
+            require(crowd in (0, 1), f"{where} has iscrowd {crowd!r:.80}, neither 0 nor 1: correct it")
             mask = _segmentation(where, entry, images[image]) if masks else None
-            objects[image].append((box, numbers[category], crowd, mask))
-    kept = sum(map(len, objects.values()))
-    warn_of_dropped(f"{file}: ", kept, len(annotations), "; a box must be [left, top, width, height]")
-    found = tuple(_image(images[each], root, objects[each], masks) for each in images)
-    return BoxedImages(found, names)
+            objects[image].append((box, numbers[category], bool(crowd), mask))
+    check.finish(file, drop, "; a box must be [left, top, width, height]")
+    return split_of([_image(images[each], root, objects[each], masks, dropped[each]) for each in images], names)
 
 
-def _image(entry: Mapping[str, Any], root: Path, objects: Sequence[tuple[Any, ...]], masks: bool) -> BoxedImage:
+def _image(
+    entry: Mapping[str, Any], root: Path, objects: Sequence[tuple[Any, ...]], masks: bool, dropped: int
+) -> BoxedImage:
     boxes, labels, crowds, segmentations = zip(*objects, strict=True) if objects else ((), (), (), ())
     return BoxedImage(
         existing_path(str(root / entry["file_name"])),
@@ -72,6 +75,7 @@ def _image(entry: Mapping[str, Any], root: Path, objects: Sequence[tuple[Any, ..
         np.array(labels, dtype=np.int64),
         np.array(crowds, dtype=bool),
         tuple(segmentations) if masks else (),
+        dropped,
     )
 
 
@@ -109,13 +113,14 @@ def _by_id(file: str, name: str, content: Mapping[str, Any]) -> dict[int, dict[s
         where = f"{file}: entry {position} of {name}"
         number = entry.get("id") if isinstance(entry, dict) else None
         if not _is_id(number):
-            raise ConfigError(f"{where} has no id, a whole number: add one")
+            raise ConfigError(f"{where} has the id {number!r:.80}, not a whole number: correct it")
         require(number not in found, f"{file}: the id {number} occurs twice in {name}: renumber one of them")
         if name == "images":
             image, sizes = entry.get("file_name"), [entry.get("width"), entry.get("height")]
             require(isinstance(image, str) and bool(image) and "\0" not in image, f"{where} has no file_name: add it")
             valid = all(type(each) is int and each > 0 for each in sizes)
-            require(valid, f"{where} ({image}) has no width and height in pixels: add them")
+            stated = f"{sizes[0]!r:.20} and {sizes[1]!r:.20}"
+            require(valid, f"{where} ({image}) needs width and height, whole numbers of pixels, not {stated}")
         found[number] = entry
     return found
 
@@ -127,7 +132,8 @@ def _classes(
     names = {}
     for number in sorted(categories):
         name = categories[number].get("name")
-        require(isinstance(name, str) and bool(name), f"{file}: category {number} has no name: add it")
+        valid = isinstance(name, str) and bool(name)
+        require(valid, f"{file}: category {number} has the name {name!r:.80}: name it with a text in quotes")
         names[number] = str(name)
     twice = [name for name in names.values() if list(names.values()).count(name) > 1]
     require(not twice, f"{file}: the name {first_names(twice[:1])} belongs to two categories: rename one of them")
@@ -138,52 +144,17 @@ def _classes(
     return tuple(order), {number: 1 + order.index(name) for number, name in names.items()}
 
 
-def _box(where: str, entry: Mapping[str, Any], image: Mapping[str, Any], drop: bool) -> tuple[float, ...] | None:
-    """Return left, top, right and bottom, clipped to the image; None for a box to leave out."""
+def _box(
+    where: str, number: int, entry: Mapping[str, Any], image: Mapping[str, Any], check: BoxCheck
+) -> tuple[float, ...] | None:
+    """Return left, top, right and bottom, clipped to the image; None for a box that cannot be used."""
     box = entry.get("bbox")
     valid = isinstance(box, list) and len(box) == 4 and all(_is_number(each) for each in box)
     require(valid, f"{where} has the bbox {box!r:.80}, not four numbers: correct it to [left, top, width, height]")
     assert isinstance(box, list)
     left, top, width, height = box
-    return checked_box(
-        f"{where}, a box {box} in {image['file_name']},",
-        (left, top, left + width, top + height),
-        (image["width"], image["height"]),
-        drop,
-    )
-
-
-def checked_box(
-    where: str, box: tuple[float, float, float, float], size: tuple[int, int], drop: bool
-) -> tuple[float, ...] | None:
-    """Return a box (left, top, right, bottom), clipped to its image (W, H).
-
-    A box is bad if it has no area, or reaches more than `TOLERANCE` outside its image. With `drop`, None for a bad box.
-
-    Raises:
-        ConfigError: for a bad box, without `drop`.
-    """
-    left, top, right, bottom = box
-    outside = max(-left, -top, right - size[0], bottom - size[1]) > TOLERANCE
-    clipped = (max(0.0, left), max(0.0, top), min(float(size[0]), right), min(float(size[1]), bottom))
-    # In float32, as boxes are stored: edges at 600 and at 600 + 1e-9 pixels are then equal.
-    sides = np.subtract(clipped[2:], clipped[:2], dtype=np.float32)
-    empty = not (right > left and bottom > top)
-    if not outside and not empty and sides.min() > 0:
-        return clipped
-    if not drop:
-        beyond = f"reaches outside its image of {size[0]} x {size[1]} pixels"
-        fix = "correct it, or leave such boxes out with boxes.bad_boxes=drop"
-        raise ConfigError(f"{where} {beyond if outside and not empty else 'has no area'}: {fix}")
-    return None
-
-
-def warn_of_dropped(where: str, kept: int, total: int, hint: str = "") -> None:
-    """Warn of boxes that were left out, if there are any."""
-    if kept < total:
-        text = f"boxes.bad_boxes=drop leaves out {total - kept:,} of {total:,} boxes"
-        why = f"they have no area or reach outside their image{hint}"
-        warnings.warn(f"{where}{text}: {why}", RunWarning, stacklevel=3)
+    name = f"annotation {number}, a box {box} in {image['file_name']},"
+    return check.clipped(name, (left, top, left + width, top + height), (image["width"], image["height"]))
 
 
 def _is_number(value: Any) -> bool:
@@ -202,6 +173,9 @@ def _segmentation(where: str, entry: Mapping[str, Any], image: Mapping[str, Any]
             for each in found
         )
         require(polygons, f"{error} no list of polygons, each of three points or more: {fix}")
+        # pycocotools needs memory for every pixel that an edge passes, also outside of the image.
+        far = 3 * max(image["width"], image["height"])
+        require(max(abs(each) for one in found for each in one) <= far, f"{error} far outside its image: {fix}")
         return found
     valid = isinstance(found, dict) and found.get("size") == [image["height"], image["width"]]
     require(valid, f"{error} neither polygons nor run lengths of the size of its image: {fix}")

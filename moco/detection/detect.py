@@ -1,7 +1,7 @@
 """`python -m moco.detect`: train a detector on each encoder with each seed, evaluate, save."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 
 from moco.config import OptimConfig, require
 from moco.config.detect import DetectConfig
-from moco.config.subject import EncoderConfig
 from moco.data.labels import first_names
 from moco.data.plan import Plan
 from moco.data.walk import size_and_time
@@ -37,15 +36,15 @@ from moco.evaluation.task import (
     describe_encoder,
     describe_start,
     interval_note,
+    log_next_training,
     own_settings,
     progress_log,
 )
 from moco.interop.encoder_file import EncoderFile
 from moco.optim.optimizers import build_optimizer
 from moco.runs.results import prepare, record
-from moco.runtime.console import log, log_next, percent, progress_bar, table
+from moco.runtime.console import log, percent, progress_bar, table
 from moco.runtime.device import many_shapes
-from moco.runtime.next_command import command
 from moco.runtime.precision import PRECISIONS
 from moco.runtime.preemption import PreemptionHandler
 
@@ -112,7 +111,10 @@ def evaluate_detect(config: DetectConfig, preemption: PreemptionHandler | None =
         entries = [_entry(run, each, data) for each in found]
         _show(run, found)  # before writing: the results stay visible if writing fails
         path = on_rank_zero(lambda: record(run.output, entries, run.own.step))
-        _log_files(config, found, path)
+        log(f"written: {path}")
+        for each in found:
+            log(f"saved: {each.saved}/detector.safetensors and predictions.png (of the last seed)")
+        log_next_training(config, "detect", config.seeds, run.output)
     return found
 
 
@@ -247,6 +249,7 @@ def _data(run: Detection) -> dict[str, Any]:
     ]
     counts = {"training": len(run.train), "held_out": len(run.held_out), "classes": list(run.train.classes)}
     counts["held_out_in_training"] = run.shared
+    counts |= {"training_boxes_left_out": run.train.dropped, "held_out_boxes_left_out": run.held_out.dropped}
     return boxes | counts | {"sha256": digest(images)}
 
 
@@ -291,19 +294,3 @@ def _show(run: Detection, found: list[Detected]) -> None:
     for each in found:
         if max(one.figures["AP50"] for one in each.results) < 1:
             log(f"{each.encoder}: almost no object is found: raise steps or lr, or fit anchor_sizes to the objects")
-
-
-def _log_files(config: DetectConfig, found: list[Detected], path: Path) -> None:
-    """Print the written files and the next command."""
-    log(f"written: {path}")
-    for each in found:
-        log(f"saved: {each.saved}/detector.safetensors and predictions.png (of the last seed)")
-    if config.seeds == 1:
-        log_next(_next(config), "three seeds, for intervals; the finished one is kept")
-
-
-def _next(config: DetectConfig) -> str:
-    """Return the command that trains with three seeds."""
-    shared = {each.name for each in fields(EncoderConfig)}
-    changed = changed_settings(config, "detect", asdict(config).keys() - shared)
-    return command("moco.detect", config, **changed | {"seeds": 3})

@@ -38,6 +38,7 @@ class BoxedImage:
         ignored: Whether a detection of the object counts neither as right nor as wrong, (n,): COCO's crowds, VOC's
             difficult objects.
         segmentations: For masks, each object's `segmentation` in COCO's format.
+        dropped: Number of boxes that `boxes.bad_boxes=drop` left out.
     """
 
     path: str
@@ -47,6 +48,7 @@ class BoxedImage:
     labels: NDArray[np.int64]
     ignored: NDArray[np.bool_]
     segmentations: tuple[Any, ...] = ()
+    dropped: int = 0
 
     def without_ignored(self) -> "BoxedImage":
         kept = np.flatnonzero(~self.ignored)
@@ -90,12 +92,13 @@ class BoxedImages:
 
     images: tuple[BoxedImage, ...]
     classes: tuple[str, ...]
+    dropped: int = 0  # boxes left out, with those of the images that `with_boxes` removed
 
     def __len__(self) -> int:
         return len(self.images)
 
     def subset(self, rows: Sequence[int]) -> "BoxedImages":
-        return replace(self, images=tuple(self.images[row] for row in rows))
+        return split_of([self.images[row] for row in rows], self.classes)
 
     def with_boxes(self) -> "BoxedImages":
         """Return the images that have a box, without ignored objects: those to train on."""
@@ -106,6 +109,11 @@ class BoxedImages:
         """Return the number of objects of each class that are not ignored, (L,)."""
         labels = [each.labels[~each.ignored] for each in self.images]
         return np.bincount(np.concatenate([*labels, []]).astype(np.int64), minlength=len(self.classes) + 1)[1:]
+
+
+def split_of(images: Sequence[BoxedImage], classes: Sequence[str]) -> BoxedImages:
+    """Return images as one split, before any of them is removed."""
+    return BoxedImages(tuple(images), tuple(classes), sum(each.dropped for each in images))
 
 
 def coco_masks() -> Any:

@@ -6,7 +6,7 @@ from moco.config import require
 from moco.config.detect import BoxesConfig
 from moco.data.labels import first_names
 from moco.detection.coco import read_coco
-from moco.detection.images import BoxedImage, BoxedImages
+from moco.detection.images import BoxedImage, BoxedImages, split_of
 from moco.detection.voc import VOC_CLASSES, read_voc
 from moco.evaluation.subsets import split_copies
 
@@ -29,8 +29,9 @@ def open_boxed(config: BoxesConfig, masks: bool) -> tuple[BoxedImages, BoxedImag
     else:
         train, held_out = _of_files(config, root, masks, drop)
     train = train.with_boxes()
-    require(len(train) > 0, "no training image has a box: add boxes, or name other images")
-    require(bool(held_out.count().sum()), "no held-out image has a box: add boxes, or name other images")
+    for split, found in (("training", train), ("held-out", held_out)):
+        error = f"no {split} image has a box, apart from ignored objects: add boxes, or name other images"
+        require(bool(found.count().sum()), error)
     _check_files("boxes.root", train)
     _check_files("boxes.eval_root" if config.eval_file else "boxes.root", held_out)
     return train, held_out
@@ -44,8 +45,8 @@ def _of_files(config: BoxesConfig, root: Path, masks: bool, drop: bool) -> tuple
         return train, read_coco(Path(config.eval_file), eval_root, masks, drop, train.classes, "boxes.eval_file")
     _check_files("boxes.root", train)
     rest, held = split_copies([each.path for each in train.images], config.hold_out)
-    error = f"boxes.hold_out={config.hold_out} of {len(train)} images leaves a split empty: change it"
-    require(bool(rest and held), error)
+    error = f"boxes.hold_out={config.hold_out} of {len(train)} images leaves a split empty"
+    require(bool(rest and held), f"{error}: change it, or name held-out images with boxes.eval_file")
     return train.subset(rest), train.subset(held)
 
 
@@ -61,4 +62,4 @@ def _coco_splits(root: Path, splits: list[str], masks: bool, drop: bool, classes
         file = root / "annotations" / f"instances_{split}.json"
         found = read_coco(file, root / split, masks, drop, classes)
         images, classes = images + found.images, found.classes
-    return BoxedImages(images, classes)
+    return split_of(images, classes)

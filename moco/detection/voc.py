@@ -9,8 +9,8 @@ import numpy as np
 from moco.config import ConfigError, require
 from moco.data.file_names import existing_path
 from moco.data.labels import first_names
-from moco.detection.coco import checked_box, warn_of_dropped
-from moco.detection.images import BoxedImage, BoxedImages
+from moco.detection.box_check import BoxCheck
+from moco.detection.images import BoxedImage, BoxedImages, split_of
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
@@ -34,7 +34,7 @@ def read_voc(root: Path, splits: Sequence[str], classes: Sequence[str], drop: bo
         ConfigError: for missing or damaged files, an unknown class, or a box that has no area or reaches outside its
             image.
     """
-    images, objects = [], 0
+    images, check = list[BoxedImage](), BoxCheck()
     for split in splits:
         year, _, name = split.rpartition("/")
         places = [root / f"VOC{year}", root / "VOCdevkit" / f"VOC{year}"] if year else [root]
@@ -42,12 +42,9 @@ def read_voc(root: Path, splits: Sequence[str], classes: Sequence[str], drop: bo
         if base is None:
             fix = "set boxes.root, or name the splits with boxes.split and boxes.eval_split (YEAR/NAME, or NAME)"
             raise ConfigError(f"boxes.root={root}: there is no folder {places[0] / 'JPEGImages'}: {fix}")
-        for each in _names(base, name):
-            image, count = _image(base, each, classes, drop, training)
-            images.append(image)
-            objects += count
-    warn_of_dropped("", sum(len(each.labels) for each in images), objects)
-    return BoxedImages(tuple(images), tuple(classes))
+        images += [_image(base, each, classes, check, training) for each in _names(base, name)]
+    check.finish(f"boxes.root={root}", drop)
+    return split_of(images, classes)
 
 
 def _names(base: Path, split: str) -> list[str]:
@@ -58,8 +55,7 @@ def _names(base: Path, split: str) -> list[str]:
     return names
 
 
-def _image(base: Path, name: str, classes: Sequence[str], drop: bool, training: bool) -> tuple[BoxedImage, int]:
-    """Read the annotation of an image; also return the number of its objects, including those that are left out."""
+def _image(base: Path, name: str, classes: Sequence[str], check: BoxCheck, training: bool) -> BoxedImage:
     path = Path(existing_path(str(base / "Annotations" / f"{name}.xml")))
     try:
         page = ElementTree.parse(path).getroot()
@@ -77,16 +73,16 @@ def _image(base: Path, name: str, classes: Sequence[str], drop: bool, training: 
         known = f"and the classes are {first_names(classes)}"
         require(kind in classes, f"{path}: an object has the class {kind!r}, {known}: correct it, or set boxes.classes")
         # Pixels are counted from 1, and the last one belongs to the box.
-        box = checked_box(f"{path}: the box of a {kind}", (left - 1, top - 1, right, bottom), size, drop)
+        box = check.clipped(f"{path}: the box of a {kind}", (left - 1, top - 1, right, bottom), size)
         if box is not None:
             boxes.append(box)
             labels.append(1 + list(classes).index(kind))
             difficult.append(not training and entry.findtext("difficult", "0").strip() == "1")
-    image = BoxedImage(
+    return BoxedImage(
         existing_path(str(base / "JPEGImages" / f"{name}.jpg")),
         *size,
         np.array(boxes, dtype=np.float32).reshape(-1, 4),
         np.array(labels, dtype=np.int64),
         np.array(difficult, dtype=bool),
+        dropped=len(objects) - len(boxes),
     )
-    return image, len(objects)

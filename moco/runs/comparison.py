@@ -31,6 +31,8 @@ EXCLUDED = frozenset(
         # How images are read or shown, and what only pretraining uses.
         *(f"data.{name}" for name in ("workers", "resident", "download", "preview", "allow_pipe", "on_bad_image")),
         *(f"data.{name}" for name in ("max_bad", "length", "shuffle_buffer", "weights")),
+        # data.sha256 covers the other boxes.
+        *("data.training_boxes_left_out", "data.held_out_boxes_left_out"),
     ]
 )
 # The fields that identify an encoder, and thus its column. All others belong to the row.
@@ -298,6 +300,8 @@ def evaluated_on(data: Mapping[str, Any]) -> str:
     notes = ["held-out images were in the training set, without labels"] * bool(data.get("held_out_seen"))
     if copies := data.get("held_out_in_training"):
         notes.append(f"{copies} held-out images are copies of training images")
+    left_out = [data.get(f"{split}_boxes_left_out") or 0 for split in ("training", "held_out")]
+    notes += [f"without {left_out[0]} bad training boxes and {left_out[1]} held-out ones"] * any(left_out)
     return data_name(data) + part + (f" ({'; '.join(notes)})" if notes else "")
 
 

@@ -55,6 +55,7 @@ def test_a_run_writes_results_weights_and_a_picture(canvases: Path, run: Run) ->
     status, out, _ = run(*arguments, "seeds=2", "encoders=[pretrained,untrained]")
     assert status == 0
     assert out.count("already trained") == 4
+    assert "next: python -m moco.detect" in out
 
 
 def test_the_next_command_adds_seeds_and_keeps_the_finished_one(canvases: Path, run: Run) -> None:
@@ -66,6 +67,8 @@ def test_the_next_command_adds_seeds_and_keeps_the_finished_one(canvases: Path, 
     status, out, err = run("detect", *words[3:])
     assert status == 0, err
     assert out.count("already trained") == 1
+    assert "next: tensorboard --logdir out" in out
+    assert list((canvases / "out").rglob("*tfevents*"))
     (_, entry) = json.loads((canvases / "out/results.json").read_text())
     assert len(entry["per_seed"]) == 3
 
@@ -157,6 +160,28 @@ def test_held_out_images_that_are_training_images_are_counted(canvases: Path, ru
     assert status == 0, err
     (entry,) = json.loads((canvases / "same/results.json").read_text())
     assert entry["data"]["held_out_in_training"] == 8
+
+
+def test_boxes_that_were_left_out_are_recorded(canvases: Path, run: Run) -> None:
+    for split, count in (("train", 2), ("test", 1)):
+        path = canvases / f"c/{split}/boxes.json"
+        content = json.loads(path.read_text())
+        for each in content["annotations"][:count]:
+            each["bbox"][2] = 0
+        path.write_text(json.dumps(content))
+    arguments = ("detect", *ENCODER, *SMALL, *STEPS, "steps=1", "encoders=[untrained]", "output=out")
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert "c/train/boxes.json: 2 of " in err
+    with pytest.warns(RunWarning, match="leaves out"):
+        assert run(*arguments, "boxes.bad_boxes=drop")[0] == 0
+    entries = json.loads((canvases / "out/results.json").read_text())
+    data = entries[0]["data"]
+    assert (data["training_boxes_left_out"], data["held_out_boxes_left_out"]) == (2, 1)
+    assert "without 2 bad training boxes and 1 held-out ones" in placed(entries)[0].data
+    for name in ("training_boxes_left_out", "held_out_boxes_left_out"):
+        del data[name]
+    assert len(placed(entries + json.loads((canvases / "out/results.json").read_text()))) == 1  # of an earlier version
 
 
 def test_the_same_command_on_other_boxes_does_not_resume(canvases: Path, run: Run) -> None:

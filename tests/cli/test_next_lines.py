@@ -14,6 +14,7 @@ import torch
 
 from moco.models.backbones import build_backbone
 from moco.training import throughput
+from scripts.canvases import write_canvases
 from tests.data.images import gradient
 from tests.docs.stand_ins import small, tree
 
@@ -65,6 +66,12 @@ SITUATIONS = {
         ["embed", "search", "report"],
     ),
     "convert": ("convert run=runs/labeled to=safetensors output=a.safetensors", []),
+    "segment": ("segment run=runs/unlabeled masks.root=CANVASES/train masks.eval_root=CANVASES/test", ["segment"]),
+    "detect": (
+        "detect run=runs/unlabeled boxes.root=CANVASES/train/images boxes.file=CANVASES/train/boxes.json "
+        "boxes.hold_out=0.5 detector=retinanet",
+        ["detect"],
+    ),
     "check_data": ("check_data data.root=CROWD", ["train"]),
     "check_data, few images": ("check_data data.root=FEW", ["embed"]),
 }
@@ -103,6 +110,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
         (folder / name).mkdir()
         for i in range(count):
             gradient(i).save(folder / name / f"{i:03}.jpg")
+    write_canvases(folder / "CANVASES", 8, 3)
     (folder / "BAD" / "text.jpg").write_text("text")
     tree(folder / "YOUR_IMAGES", each=20, first=0)
     rows = [

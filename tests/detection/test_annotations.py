@@ -84,11 +84,14 @@ def test_canvases_have_the_masks_and_boxes_of_their_json(tmp_path: Path) -> None
         ({"annotations": []}, "the list annotations is empty"),
         ({"categories": None}, "and categories is no list"),
         ({"images": [{"id": 1}]}, r"entry 0 of images has no file_name: add it"),
-        ({"images": [{"id": 1, "file_name": "a.png", "width": 0, "height": 4}]}, r"has no width and height in pixels"),
-        ({"images": [{"id": 1.5}]}, "entry 0 of images has no id, a whole number"),
+        (
+            {"images": [{"id": 1, "file_name": "a.png", "width": 0, "height": 4}]},
+            r"needs width and height, .* not 0 and 4",
+        ),
+        ({"images": [{"id": "1"}]}, "entry 0 of images has the id '1', not a whole number: correct it"),
         ({"categories": [{"id": 3, "name": "a"}] * 2}, "the id 3 occurs twice in categories"),
         ({"categories": [{"id": i, "name": "a"} for i in (3, 7)]}, "the name a belongs to two categories"),
-        ({"categories": [{"id": 3}]}, "category 3 has no name"),
+        ({"categories": [{"id": 3, "name": 1}]}, "category 3 has the name 1: name it with a text"),
         ({"annotations": annotation() * 2}, "the id 5 occurs twice in annotations: renumber one"),
         ({"annotations": annotation(image_id=9)}, "annotation 5 has image_id 9, which no image has"),
         (
@@ -97,12 +100,18 @@ def test_canvases_have_the_masks_and_boxes_of_their_json(tmp_path: Path) -> None
         ),
         ({"annotations": annotation(bbox=[1, 2, 3])}, r"annotation 5 has the bbox \[1, 2, 3\], not four numbers"),
         ({"annotations": annotation(bbox=[1, 2, 3, float("nan")])}, "not four numbers"),
-        ({"annotations": annotation(bbox=[4, 4, 0, 6])}, r"a box \[4, 4, 0, 6\] in a.png, has no area: correct it, or"),
+        (
+            {"annotations": annotation(bbox=[4, 4, 0, 6])},
+            r"1 of 1 boxes cannot be used \(1 without an area\), the first: annotation 5, a box \[4, 4, 0, 6\] in",
+        ),
         ({"annotations": annotation(bbox=[4, 4, -3, 6])}, "has no area"),
         (
             {"annotations": annotation(bbox=[20, 4, 8, 6])},
-            "reaches outside its image of 24 x 16 pixels: correct it",
+            "reaches outside its image of 24 x 16 pixels: correct them",
         ),
+        ({"annotations": annotation(iscrowd="1")}, "annotation 5 has iscrowd '1', neither 0 nor 1: correct it"),
+        # pycocotools would need gigabytes for its edges.
+        ({"annotations": annotation(segmentation=[[0, 0, 1e8, 0, 1e8, 1e8]])}, "that is far outside its image"),
         ({"annotations": annotation(segmentation=[])}, "annotation 5 has no mask .* which Mask R-CNN needs for every"),
         ({"annotations": annotation(segmentation=[[1, 2, 3]])}, "no list of polygons, each of three points or more"),
         (
@@ -146,6 +155,14 @@ def test_bad_boxes_can_be_left_out(tmp_path: Path) -> None:
         images = read_coco(write_json(tmp_path, annotations=found), tmp_path, masks=True, drop=True)
     assert images.images[0].boxes.tolist() == [[1, 1, 6, 6]]
     assert len(images.images[0].segmentations) == 1
+    assert [each.dropped for each in images.images] == [2, 0]
+    assert images.dropped == images.subset([0]).dropped == images.subset([1]).with_boxes().dropped + 2 == 2
+    message = r"3 boxes cannot be used \(1 without an area, 1 reaching outside their image\), the first: annotation 0, "
+    with pytest.raises(ConfigError, match=rf"boxes\.json: 2 of {message}a box \[4, 4, 0, 6\] in a\.png, has no area: "):
+        read_coco(write_json(tmp_path, annotations=found), tmp_path, masks=True, drop=False)
+    with pytest.warns(RunWarning, match="leaves out 1 of 1 boxes: 1 reaching outside their image;"):
+        images = read_coco(write_json(tmp_path, annotations=found[1:2]), tmp_path, masks=True, drop=True)
+    assert images.with_boxes().dropped == 1  # of an image without any other box
 
 
 def test_bad_boxes_of_voc_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -153,6 +170,10 @@ def test_bad_boxes_of_voc_are_left_out_and_counted(tmp_path: Path) -> None:
     with pytest.warns(RunWarning, match=r"bad_boxes=drop leaves out 1 of 2 boxes"):
         voc = read_voc(tmp_path, ["2007/train"], VOC_CLASSES, drop=True, training=True)
     assert voc.images[0].labels.tolist() == [8]
+    assert voc.dropped == 1
+    message = r"boxes\.root=.*: 1 of 2 boxes cannot be used \(1 without an area\), the first: .*\.xml: the box of a dog"
+    with pytest.raises(ConfigError, match=message):
+        read_voc(tmp_path, ["2007/train"], VOC_CLASSES, drop=False, training=True)
 
 
 def test_held_out_categories_are_matched_by_name(tmp_path: Path) -> None:
