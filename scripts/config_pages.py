@@ -178,7 +178,8 @@ def options(group: str) -> Iterator[str]:
     """Yield the options of a group: the comment of each, and the values that it sets."""
     files = sorted((CONFIGS / group).glob("*.yaml"))
     file = f"configs/{group}/NAME.yaml"
-    yield f"\n## Options\n\n`{group}=NAME` sets the values of `{file}`; those of an empty cell stay.\n\n"
+    yield f"\n## Options\n\n`{group}=NAME` sets the values of `{file}`, which the table below lists. "
+    yield "A field with an empty cell has its default, as listed above.\n\n"
     for path in files:
         yield f"### {path.stem}\n\n```text\n{comment(path)}\n```\n\n"
     flat = {path.stem: composed(path) for path in files}
@@ -193,7 +194,8 @@ def group_page(name: str, schema: type) -> Iterator[str]:
     given = values(CONFIGS / "train.yaml").get(name, {})
     yield f"# {name}\n\n{docstring(schema)} Schema: `{source(schema)}`. On the command line: `{name}.FIELD=VALUE`.\n\n"
     if (CONFIGS / name).is_dir():
-        yield "The table shows the defaults of the schema; the options below set other values.\n\n"
+        yield "The table shows the defaults of the schema; the options below set other values. "
+        yield "Values in the file of a recipe (`experiment=NAME`) take precedence over both.\n\n"
     yield from table(schema, given)
     for option, added in SCHEMAS.get(schema, {}).items():
         yield f"\n## {option}\n\n{docstring(added)} Schema: `{source(added)}`. It has the fields above and these:\n\n"
