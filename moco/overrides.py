@@ -1,4 +1,4 @@
-"""Text fields: they keep the characters that the person typed, on the command line and in YAML.
+"""Check the fields on the command line and in YAML files, and keep the characters of text fields as they were typed.
 
 Hydra and YAML convert a value before the schema is known: 1.10 becomes 1.1, and 2024_01 becomes 202401. Therefore the
 overrides of the command line are rewritten before Hydra reads them: text that Hydra would change is quoted. In YAML
@@ -89,7 +89,7 @@ def _override(argument: str, types: Mapping[str, Any], sweep: bool) -> str:
 
 
 def _refuse_divided_by_shell(arguments: Sequence[str], types: Mapping[str, Any]) -> None:
-    """Refuse words after field=value that can belong to its value: outside quotes, a shell divides it at spaces."""
+    """Refuse words after field=value that can belong to its value: a shell divides an unquoted value at spaces."""
     for i, argument in enumerate(arguments, start=1):
         name, _, value = argument.partition("=")
         kinds = members(types.get(name.lstrip("+"), Any))
@@ -98,7 +98,7 @@ def _refuse_divided_by_shell(arguments: Sequence[str], types: Mapping[str, Any])
         if not (words and value) or not (is_list or {str, list[str]} & {*kinds}):
             continue
         if not is_list and _exists(words[0]) and not _exists(whole):
-            continue  # a path whose field is missing
+            continue  # a path, probably of another argument that lacks its field=
         if list[str] in kinds:
             fix = override(name, [_plain(each) for each in split(whole[1:-1])] if _is_list(whole) else [whole])
         else:
@@ -230,7 +230,7 @@ def _refuse_reference(name: str, text: str) -> None:
 
 
 def _exact(sweep: Sweep) -> bool:
-    """Return whether all values of a sweep are text, or whole numbers of a range."""
+    """Return whether Hydra keeps the characters of all values of a sweep: they are text, or a range of integers."""
     if isinstance(sweep, ChoiceSweep):
         return all(isinstance(each, str | QuotedString) for each in sweep.list)
     return not isinstance(sweep, RangeSweep) or isinstance(sweep.start, int)
@@ -300,7 +300,7 @@ def checked_files(types: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _check_file(path: Path, values: Any, types: Mapping[str, Any], prefix: str, keys: list[Any]) -> None:
-    """Check the values below `keys` in a file, whose fields begin with `prefix`."""
+    """Check the values below `keys` in a file; the dotted names of their fields begin with `prefix`."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path} must hold lines of the form field: value")
     for key, value in values.items():

@@ -79,7 +79,7 @@ class ResumableTraining:
 
     Attributes:
         folder: For the trained network of the last seed. State and metrics are beside it.
-        encoder: Its entry in the command's field `encoders`.
+        encoder: The encoder's entry in the command's field `encoders`.
         seed: Of this training.
         digest: Differs between trainings with different settings, weights or images.
         steps: Number of steps.

@@ -99,7 +99,7 @@ def check_names(sets: list[str]) -> None:
         close = difflib.get_close_matches(each, [*SETS, OF_FIELDS], n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         known = ", ".join([*SETS, OF_FIELDS])
-        raise ConfigError(f"sets={each} is neither a folder nor a known data set: {hint}use a folder, {known}")
+        raise ConfigError(f"sets={each} is neither a folder nor a known data set: {hint}use a folder or one of {known}")
 
 
 def open_set(name: str, config: TransferConfig, subject: Subject) -> Splits:
@@ -136,7 +136,8 @@ def _readable(config: TransferConfig, splits: Splits) -> Splits:
 def _open_named(name: str, config: TransferConfig, subject: Subject) -> Splits:
     known, channels = SETS[name], subject.file.channels
     require(
-        channels == 3, f"sets={name} has images of 3 channels, but {subject.file.source} takes {channels}: remove it"
+        channels == 3,
+        f"sets={name} has images of 3 channels, but {subject.file.source} takes {channels}: remove {name} from sets",
     )
     try:
         parts = _parts(name, known, config.root)

@@ -192,8 +192,8 @@ def _refuse_several_labels(name: str, splits: Splits, config: TransferConfig) ->
     )
 
 
-# For each mode, the function that makes its measure from the entry of `sets`, its splits and the configuration.
-# Collective.
+# For each mode, the function that returns its measure, given the entry of `sets`, its splits and the configuration.
+# These functions are collective.
 MODES: dict[str, Callable[[str, Splits, TransferConfig], Measure]] = {
     "linear": _linear,
     "few_shot": _few_shot,

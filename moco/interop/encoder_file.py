@@ -60,7 +60,7 @@ class EncoderFile:
     predictor: dict[str, Tensor] = field(default_factory=dict)  # weights of the predictor, as in MoCo v3
     queue: Tensor | None = None  # (K, C), keys of images
     oldest: int = 0  # the row of the oldest key
-    unused: tuple[str, ...] = ()  # names of other parts with weights
+    unused: tuple[str, ...] = ()  # names of parts of the file whose weights are not used
     channels: int = 3  # of the images
     epoch: int = 0  # epochs of its training, in files of other projects; 0: unknown
 

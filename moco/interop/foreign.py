@@ -85,7 +85,10 @@ def _pattern(prefix: str) -> re.Pattern[str]:
 
 
 def parts(tensors: State, momentum: bool = False) -> Iterator[Part]:
-    """Yield every encoder, or every momentum encoder, that weights may hold according to their names (see `flat`)."""
+    """Yield every encoder, or with `momentum` every momentum encoder, that the names of weights suggest.
+
+    `tensors` are named as `flat` names them.
+    """
     tensors = under("", tensors)
     for layout in LAYOUTS:
         prefix = layout.momentum_encoder if momentum else layout.encoder

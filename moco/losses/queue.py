@@ -101,7 +101,7 @@ def multi_positive_info_nce(
     If the positives are false negatives, it is the attraction loss of Huynh et al. (2022). UniMoCo (Dai et al., 2021)
     differs: log(1 + sum exp(negatives) * sum exp(-positives)).
 
-    Without any positive in the queue it is `info_nce`, bit for bit.
+    Without any positive in the queue it is `info_nce`: bit for bit with mean="outside", up to rounding with "inside".
 
     Args:
         query, key, queue, temperature: as in `info_nce`; the key is always a positive of its query.

@@ -1,4 +1,4 @@
-"""Relations: a student learns the similarities that a teacher sees between an image and the keys of a queue.
+"""Relations: a student learns a teacher's similarities of an image to the keys of a queue.
 
 Legend: N queries, C dimension, K queue length.
 """

@@ -11,7 +11,7 @@ The decoupled contrast, L - u k, has the same gradient without the factor P.
 This is attention with keys = values = queue. As in FlashAttention (Dao et al., 2022) the sums run over parts of the
 queue and are relative to the largest logit so far (the online softmax of Milakov & Gimelshein, 2018). Forward saves the
 gradient, a vector (N, C) times a factor (N,), and backward multiplies it by that of the losses. By the chain rule the
-derivative by a learned T is -u / T times that by u.
+derivative with respect to a learned T is -u / T times that with respect to u.
 
 The entropy of the p_j is L minus their mean logit, which is u times the mean key.
 
@@ -196,7 +196,7 @@ def _in_chunks(
         else:
             losses, factor = torch.logaddexp(excess, torch.zeros_like(excess)), excess.sigmoid()
         losses = losses + (positive - positive)  # 0; nan for an infinite logit, which logaddexp would hide
-        by_query = factor / temperature  # (N,); the gradient by the query is this times apart
+        by_query = factor / temperature  # (N,); the gradient of the query is this times apart
         effective = (log_sum - mean_logit).exp()
     losses = _Loss.apply(query, temperature, losses, apart, by_query, -by_query * gap)
     return Streamed(losses, positive, hardest, log_sum, count, effective)
@@ -217,8 +217,8 @@ class _Loss(torch.autograd.Function):
     ) -> Tensor:
         """Return `losses`.
 
-        `apart`, (N, C), is the mean key - k; `factors`, (N,) each: the gradient by the query is the first one times
-        `apart`, that by the temperature is the second one.
+        `apart`, (N, C), is the mean key - k; `factors`, (N,) each: the gradient of the query is the first one times
+        `apart`, and that of the temperature is the second one.
         """
         ctx.save_for_backward(apart, *factors)
         return losses
@@ -235,9 +235,9 @@ class _Loss(torch.autograd.Function):
 class _OwnKeys(NamedTuple):
     """The entries of the queue that show a query's own image."""
 
-    sample: Tensor  # (N,), or (R,), the queries'
-    queue_sample: Tensor  # (K,)
-    places: tuple[Tensor, ...] | None  # per chunk, positions in it of entries with a query's image; None: not searched
+    sample: Tensor  # the image of each query, (N,), or (R,) for a block
+    queue_sample: Tensor  # the image of each entry of the queue, (K,)
+    places: tuple[Tensor, ...] | None  # for each chunk, the positions of entries with any query's image; None: unknown
 
     @classmethod
     def find(cls, own: Tensor, others: Tensor, chunk: int) -> "_OwnKeys":

@@ -18,9 +18,9 @@ cells of the global batch, for any number of processes and micro-batches.
 
 Deliberate deviations from the official code:
 
-- It updates f_k before encoding the keys, see `moco.builder`.
-- With a grid, it pools only the input of the dense head. Here the features by which cells are matched are pooled too,
-  so that features and embeddings have the same cells.
+- The official code updates f_k before encoding the keys; here f_k is updated at the end of the step.
+- With a grid, the official code pools only the input of the dense head. Here the features by which cells are matched
+  are pooled too, so that features and embeddings have the same cells.
 
 Legend: N micro-batch, n local batch, W processes, C embedding, K queue length, D features, P = G x G cells.
 """
@@ -95,7 +95,8 @@ class DenseCL(nn.Module):
     ) -> dict[int, DenseKeys]:
         """Return the keys of the local batch, {1: keys}: the second view is the key.
 
-        The arguments are those of `MoCo.encode_keys`; `places`, (2, n, 3, 3), are those of the views in their images.
+        The arguments are those of `MoCo.encode_keys`; `places`, (2, n, 3, 3), are maps from `moco.data.places`, needed
+        if cells are matched by the crops.
         """
         shuffle = None if shuffles is None else shuffles[1]
         x = views[1] if shuffle is None else permute(views[1], shuffle)

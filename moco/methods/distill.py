@@ -8,8 +8,8 @@ One training step (see `moco/training/step.py`):
     method.enqueue(output.new_keys, index)       enqueue t, dequeue the oldest; with a queue only
 
 Student and teacher see the same view. Without a queue the loss is 1 - cos(s, t), averaged over images and views.
-With a queue it is that of SEED, in which the student learns the similarities that the teacher sees between the image
-and the embeddings in the queue:
+With a queue it is that of SEED: the student learns the teacher's similarities of the image to the embeddings in the
+queue.
 
     SEED: Self-supervised Distillation for Visual Representation (Fang et al., ICLR 2021)
 

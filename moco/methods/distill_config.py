@@ -26,8 +26,8 @@ class DistillConfig(MethodConfig):
     teacher_features: str = bounded("backbone", choices=("backbone", "projection"))
     """What the student learns: the features of the teacher's backbone, or its embedding, if the file holds its head."""
     loss: str = bounded("cosine", choices=("cosine", "queue"))
-    """cosine: 1 - the cosine similarity of student and teacher; queue: learn the similarities that the teacher sees
-    between an image and the embeddings in a queue (SEED, Fang et al., 2021)."""
+    """cosine: 1 - the cosine similarity of student and teacher; queue: learn the teacher's
+    similarities of an image to the embeddings in a queue (SEED, Fang et al., 2021)."""
     queue_size: int = bounded(0, ge=0)
     """Number of the teacher's embeddings in the queue (K), with loss=queue."""
     teacher_temperature: float = bounded(0.01, gt=0)

@@ -51,11 +51,12 @@ class MoCoConfig(MethodConfig):
     false_top: int | None = bounded(None, ge=1)
     """Largest number of keys per query that count as similar; null: no limit."""
     mix_hardest: int = bounded(0, ge=0)
-    """Hardest negatives per query to mix from: N of MoCHi (Kalantidis et al., 2020, section 4); 0: no mixing."""
+    """Number of hardest negatives of a query from which others are mixed: N of MoCHi (Kalantidis et al., 2020, section
+    4); 0: no mixing."""
     mix_pairs: int = bounded(0, ge=0)
-    """Negatives mixed from two hard negatives: s of MoCHi."""
+    """Number of negatives per query, each mixed from two of its hardest negatives: s of MoCHi."""
     mix_query: int = bounded(0, ge=0)
-    """Negatives mixed from a hard negative and the query: s' of MoCHi."""
+    """Number of negatives per query, each mixed from one of its hardest negatives and the query: s' of MoCHi."""
     decoupled: bool = False
     """Leave the positives out of the denominator of the softmax (Yeh et al., 2022, decoupled contrastive learning)."""
     positives_mean: str = bounded("outside", choices=("outside", "inside"))

@@ -128,7 +128,7 @@ def _timm_model(name: str, options: Mapping[str, Any], group: str) -> nn.Module:
             f"({cause(error).splitlines()[0]}); check the network, or download {file} on another machine and set "
             "pretrained=false and init_from=FILE"
         ) from error
-    # timm's num_features are those before the last layer, which is wider in some models (MobileNetV3, VGG).
+    # In some models (MobileNetV3, VGG), a hidden layer of the head widens the features; timm's num_features ignores it.
     network.num_features = network.head_hidden_size
     stages = getattr(network, "feature_info", None)
     last = stages[-1]["module"] if stages else ""

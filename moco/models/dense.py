@@ -106,7 +106,7 @@ def build_dense_encoder(
         grid: G, or 0.
 
     Raises:
-        ConfigError: if the feature map has a single cell, or fewer than G x G.
+        ConfigError: if the feature map has fewer than 2 x 2 cells, or fewer than G x G.
     """
     width, *sides = map_shape(encoder.backbone, size, channels)
     shape = " x ".join(map(str, sides))

@@ -1,4 +1,4 @@
-"""BN in groups on a GPU by kernels, which do not copy the groups: two launches per pass for any number of groups.
+"""BN in groups on a GPU by the kernels of `moco.kernels.batch_norm`: two launches per pass, and no copies of groups.
 
 Legend: N batch, C channels, G groups.
 """
@@ -14,7 +14,7 @@ from moco.models.sync_norm import memory_format
 
 
 def has_kernel(x: Tensor, weight: Tensor | None, groups: int) -> bool:
-    """Return whether kernels normalize a batch: several groups, on a GPU, not in float64, with the channels last.
+    """Return whether these kernels can normalize a batch: several groups, on a GPU, not in float64, channels last.
 
     For one group, torch's own operation takes the host less time (docs/gpu.md). A group with one number per channel is
     left to torch, which refuses it.

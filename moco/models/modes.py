@@ -36,7 +36,7 @@ def checkpoint_activations(backbone: nn.Module, name: str) -> None:
 
     Raises:
         ConfigError: if timm does not support this for the backbone, or if it has BN, whose running statistics would be
-            updated twice. The stem of a ViT, which may have BN, is not computed again.
+            updated twice. BN in the stem of a ViT is allowed, because the stem is not computed again.
     """
     switch: Any = getattr(backbone, "set_grad_checkpointing", None)
     norms = [each for each, layer in backbone.named_modules() if isinstance(layer, GroupedBatchNorm | _BatchNorm)]
@@ -45,4 +45,5 @@ def checkpoint_activations(backbone: nn.Module, name: str) -> None:
             switch()
             return
     fix = "set activation_checkpointing=false, or use a ViT, e.g. model.backbone=vit_base"
-    require(False, f"activation_checkpointing=true needs blocks without BN, which {name} does not have: {fix}")
+    needed = "timm's gradient checkpointing and blocks without BN"
+    require(False, f"activation_checkpointing=true needs {needed}, but {name} lacks one of them: {fix}")

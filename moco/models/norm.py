@@ -22,12 +22,13 @@ from moco.models.sync_norm import sync_batch_norm
 
 BatchNormKind = Literal["grouped", "sync", "batch"]
 
-# Device types on which one fused operation updates the running statistics, because launching a kernel takes the host as
-# long as a small layer takes the GPU. The fused operation rounds differently.
+# Device types on which one fused operation updates the running statistics, because the host takes as long to launch a
+# kernel as the GPU takes to compute a small layer. The fused operation rounds differently.
 FUSED_DEVICES: tuple[str, ...] = ("cuda",)
 
 # On such a device, groups of at most this many values are normalized in one call, which copies the batch before and
-# after. For larger groups, the copies take longer than the kernel launches that they save (computed, see docs/gpu.md).
+# after. For larger groups, the copies take longer than the kernel launches that they save. This is an estimate, not
+# measured, see docs/gpu.md.
 LARGEST_TOGETHER = 2**22
 
 

@@ -12,8 +12,8 @@ from moco.models.modes import evaluating
 def output_error(network: nn.Module, size: int, channels: int | None = None) -> str:
     """Return why a backbone does not compute features (2, num_features) from images (2, C, S, S); "" if it does.
 
-    The forward pass runs on the meta device, which computes shapes only, in less than 0.2 s. If that fails, it runs on
-    the device of the weights, because a network may hold tensors that are neither parameters nor buffers.
+    The forward pass runs on the meta device, which computes shapes only. If that fails, it runs on the device of the
+    weights, because a network may hold tensors that are neither parameters nor buffers.
 
     Args:
         network: a backbone with the attribute `num_features`, on any device; it is not changed.

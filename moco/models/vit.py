@@ -95,8 +95,8 @@ def _check(dim: int, heads: int, img_size: int, patch_size: int, stem: str, free
 def sin_cos_positions(side: int, dim: int) -> Tensor:
     """Return fixed positions of side x side patches, row by row, after zeros for the class token: (1 + side**2, dim).
 
-    A quarter of the dimensions each: sine and cosine of the row, sine and cosine of the column, at frequencies
-    10000 ** -(0 ... 1).
+    A quarter of the dimensions each: sine and cosine of the row, sine and cosine of the column. The frequencies fall
+    geometrically from 1 to almost 1/10000.
     """
     from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 

@@ -57,7 +57,8 @@ def build_optimizer(
         optim: uses its `name`, `momentum` (SGD, LARS), `betas` (AdamW), `weight_decay`, `exclude`, `trust` and
             `trust_clip`. In LARS a layer's rate is lr x trust x |w| / |update|; with `trust_clip` it is the smaller of
             lr and trust x |w| / |update|, as in solo-learn (LARC).
-        saved: the state dict that will be loaded. If timm's LARS saved it, as `lars` once did, this returns timm's.
+        saved: the state dict that will be loaded. If timm's LARS wrote it, this returns timm's LARS: `lars` was timm's
+            in earlier versions.
 
     Raises:
         ValueError: for an unknown name.

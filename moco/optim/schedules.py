@@ -20,7 +20,8 @@ def lr_factor(step: int, steps_per_epoch: int, epochs: int, optim: OptimConfig) 
         steps_per_epoch, epochs: the length of training.
         optim: uses its `schedule` ("cosine" from 1 to `lr_end`; "step", multiplied by `gamma` at each of
             the epochs `milestones`; or "constant"), `warmup_epochs` (linear; the cosine covers the rest),
-            `warmup_from_zero`, and `per_epoch` (hold the value of the epoch's first step, as in facebookresearch/moco).
+            `warmup_from_zero`, and `per_epoch` (one value for each epoch, as in facebookresearch/moco: that of its
+            first step; in the warm-up, unless `warmup_from_zero`, that of its last step).
 
     Raises:
         ValueError: for an unknown schedule.
@@ -29,7 +30,7 @@ def lr_factor(step: int, steps_per_epoch: int, epochs: int, optim: OptimConfig) 
     if epoch < optim.warmup_epochs:
         offset = 0 if optim.warmup_from_zero else 1  # 1: no step has learning rate 0
         done = epoch + offset if optim.per_epoch else (step + offset) / steps_per_epoch
-        return min(1.0, done / optim.warmup_epochs)  # above 1 if the warm-up ends within this step or held epoch
+        return min(1.0, done / optim.warmup_epochs)  # the ratio exceeds 1 if the warm-up ends within this step or epoch
     if optim.schedule == "constant":
         return 1.0
     if optim.schedule == "step":
@@ -51,8 +52,8 @@ def schedule_values(config: TrainConfig, plan: Plan, peak_lr: float, step: int) 
     """Return lr, momentum and, if it has a schedule, temperature of a step, counted from 0."""
     optim, method = config.optim, config.method
     factor = lr_factor(step, plan.steps_per_epoch, plan.epochs, optim)
-    # The official code updates the momentum encoder at the start of step s + 1. Here it is the end of step s, with the
-    # same m.
+    # The official code updates the momentum encoder at the start of step s + 1. Here it is updated at the end of
+    # step s, with the same m.
     momentum = momentum_at(step + 1, plan.total_steps, method.momentum, method.momentum_end)
     values = {"lr": peak_lr * factor, "momentum": momentum}
     if method.temperature_schedule == "cosine":

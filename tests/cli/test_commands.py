@@ -93,7 +93,7 @@ def test_the_commands_do_not_import_torch() -> None:
         (
             "transfer",
             ["run=x", "sets=[petz]"],
-            "sets=petz is neither a folder nor a known data set: did you mean pets? ",
+            "sets=petz is neither a folder nor a known data set: did you mean pets? use a folder or one of cifar10, ",
         ),
         ("transfer", ["run=x", "mode=svm"], "mode='svm' must be one of linear, few_shot, finetune"),
         ("transfer", ["run=x", "sets=[pets]", "data.hold_out=0.2"], "data.hold_out has no effect without"),
