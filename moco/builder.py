@@ -294,7 +294,7 @@ class MoCo(nn.Module):
         """Compute the loss of one micro-batch against the queue before this step.
 
         Args:
-            views: V tensors (N, channels, S, S), and any number of smaller ones, which are queries of each key.
+            views: V tensors (N, channels, S, S), and any number of smaller ones, each a query for every key.
             keys: {view: (n, C)} of the local batch, from `encode_keys`.
             index: the image indices of the micro-batch, (N,).
             start: position of the micro-batch in the local batch.
@@ -336,8 +336,8 @@ class MoCo(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return InfoNCE(q, k, queue), shape (), and measures of its logits.
 
-        Unless labels or another switch than `decoupled` need the logits, they are not stored if there are `STREAM_FROM`
-        or more, or if there is a kernel that computes the loss.
+        The logits are not stored if there are at least `STREAM_FROM` of them, or if a kernel computes the loss. Labels,
+        and switches other than `decoupled`, need the logits: then they are always stored.
         """
         queue = self.queue
         decoupled = self.switches.decoupled

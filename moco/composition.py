@@ -153,8 +153,8 @@ def _with_recipe(config: DictConfig) -> DictConfig:
 def _refuse_options(arguments: Sequence[str], types: Iterable[str]) -> None:
     """Raise ConfigError for a field written as an option, --field, or a list for a group, such as data=[].
 
-    For an option, argparse would print eight lines. Hydra would ignore an empty list, and merge the files that another
-    list names.
+    For an option, argparse would print eight lines. Hydra would ignore an empty list, and merge all files that a
+    longer list names.
     """
     for argument in arguments:
         group, is_list, _ = argument.lstrip("+").partition("=[")
@@ -354,7 +354,7 @@ def _did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.7) -> str:
 
 
 def field_types(schema: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the types of all fields of a nested dataclass by their dotted names; of a group, those of all schemas."""
+    """Return the types of all fields of a nested dataclass by dotted name. A group has those of all its schemas."""
     types = {}
     for each in fields(schema):
         types[prefix + each.name] = each.type

@@ -24,7 +24,8 @@ def key_ages(count: Tensor, size: int, keys_per_step: int) -> Tensor:
     age of the oldest key is about K / keys_per_step.
 
     Args:
-        count, size: number of all keys enqueued so far, an integer of shape (), and K.
+        count: number of all keys enqueued so far, an integer of shape ().
+        size: K.
         keys_per_step: number of keys that a step enqueues: the global batch size, twice that for a symmetric loss.
 
     Returns:
@@ -45,9 +46,9 @@ def key_drift(keys: Tensor, index: Tensor, now: Tensor, now_index: Tensor) -> Te
     keys, or encode the same views.
 
     Args:
-        keys, index: the queue's keys, shape (K, C), and their samples, shape (K,).
-        now, now_index: keys of the present encoder, shape (M, C), and their samples, shape (M,). If a sample occurs
-            twice, either key is used.
+        keys, index: the queue's keys, shape (K, C), and the indices of their images, shape (K,).
+        now, now_index: keys of the present encoder, shape (M, C), and the indices of their images, shape (M,). If an
+            image occurs twice, either of its keys is used.
 
     Returns:
         Shape (K,), 0 (unchanged) ... 2; nan for an image without a present key.
@@ -71,8 +72,8 @@ def own_key_share(queue_index: Tensor, index: Tensor) -> Tensor:
 
     If the epochs go over D >= K images in independent orders, the queue holds a key of a query's image with probability
     (K / D)^2 / 2: the image's last key is D keys old, plus or minus the difference of its positions in the two orders.
-    `queue_index` (K,) holds the sample of each key, -1 for none; `index` (N,) those of the queries. The result is (N,),
-    0 ... 1.
+    `queue_index` (K,) holds the image index of each key, -1 for none; `index` (N,) holds those of the queries. The
+    result is (N,), 0 ... 1.
     """
     _require_keys("queue_index", queue_index)
     ordered = queue_index.sort().values
@@ -82,9 +83,10 @@ def own_key_share(queue_index: Tensor, index: Tensor) -> Tensor:
 
 @torch.no_grad()
 def similar_share(key: Tensor, queue: Tensor, threshold: float, negatives: Tensor | None = None) -> Tensor:
-    """Compute the share of a query's negatives that are probably false: more similar to its own key than a threshold.
+    """Compute the share of a query's negatives that are probably false negatives.
 
-    Huynh et al. (2022). `moco.losses.find_false_negatives` explains why the key is compared instead of the query.
+    These are the negatives whose similarity to the query's own key exceeds a threshold, as in Huynh et al. (2022).
+    `moco.losses.find_false_negatives` explains why the key is compared instead of the query.
 
     Args:
         key, queue: unit length, shapes (N, C) and (K, C).

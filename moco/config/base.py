@@ -45,7 +45,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 LARGEST = 2**31 - 1  # the largest value of an integer field except a seed: libraries take no more
 
 HUB = "hf://"  # begins a name on the Hugging Face Hub, see moco/interop/hub.py
-REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*"  # USER/NAME on it
+REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*"  # USER/NAME on the Hub
 
 # The extras of pyproject.toml that a command may need, and their packages as pip names them.
 EXTRAS = {
@@ -64,7 +64,7 @@ EXTRAS = {
 
 
 def optional_module(name: str, purpose: str, extra: str, instead: str = "") -> Any:
-    """Import a module, or raise ConfigError: what needs it, how to install its extra, and what else would help."""
+    """Import a module, or raise a ConfigError that says what needs it, how to install it, and what else would help."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -79,7 +79,7 @@ def install(extra: str) -> str:
 
 @dataclass(frozen=True)
 class Bounds:
-    """The values that a field accepts. In a list, `ge` ... `choices` apply to each element."""
+    """The values that a field accepts. For a list, `ge`, `gt`, `le`, `lt` and `choices` apply to each element."""
 
     ge: float | None = None
     gt: float | None = None

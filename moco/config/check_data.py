@@ -12,8 +12,8 @@ class CheckDataConfig(CommandConfig):
     """Check a folder of images for anything that would stop a run."""
 
     data: DataConfig = field(default_factory=lambda: DataConfig(name="folder"))
-    """The images to check, as for moco.train. They are decoded by data.workers processes. Of data=shards, only the
-    checksums of all files are compared, for which the original images are not needed."""
+    """The images to check, as for moco.train. They are decoded by data.workers processes. For data=shards,
+    only the checksums of the files are compared; this does not need the original images."""
     output: str = bounded("check_data.json", min_length=1, path=True, example="output=check_data.json")
     """File for the report, which lists the files with each kind of problem; by default in the current directory."""
     listed: int = bounded(1000, ge=1)

@@ -41,7 +41,7 @@ class SourceConfig:
     split needs no label, and its file is not used. Replaces `labels` and `eval_root`."""
     label_separator: str = bounded("", example="'data.label_separator=\";\"'")
     """For label_file: the text between the labels of an image that has several, such as ; or |. An image without labels
-    then has none of the classes. Empty: one label per image, or the column `label` of a Parquet file holds lists."""
+    then has none of the classes. Empty: one label per image, unless the column `label` of a Parquet file has lists."""
     resident: bool = False
     """For `folder`, `imagenet`, `video`, `shards`, `huggingface`: keep all images decoded in memory. They must have
     one size."""

@@ -18,7 +18,8 @@ class SweepConfig:
     layers: list[str] = bounded(["output"], min_length=1, unique=True)
     """Layers to try: output, or submodules of the backbone such as layer3 or blocks.10. The best one is used."""
     normalize: str = bounded("standard", choices=("standard", "l2", "none"))
-    """Normalization of features: standard (mean 0, deviation 1 per dimension in training), l2 (length 1), or none."""
+    """Normalization of features: standard (mean 0 and standard deviation 1 of each dimension over the training
+    features), l2 (length 1), or none."""
     validation: float = bounded(0.2, gt=0, lt=1)
     """Fraction of the training split, taken from each class, that is set aside to choose layer, lr and weight decay."""
     cache: str = bounded("memory", choices=("memory", "disk"))

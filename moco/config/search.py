@@ -19,8 +19,8 @@ class SearchConfig(EmbedConfig):
     index: str = bounded("", path=True)
     """Directory with the output of moco.embed; empty: features/ in `output`, computed if they do not exist."""
     mode: str = bounded("nearest", choices=("nearest", "duplicates", "outliers"))
-    """What to find: nearest (the most similar images to each query), duplicates (groups of an image to keep and those
-    that may be copies of it), or outliers (images that resemble no others)."""
+    """What to find: nearest (the most similar images to each query), duplicates (groups: an image to keep, and the
+    images that may be copies of it), or outliers (images that resemble no others)."""
     query: list[str] = bounded([], path=True)
     """For mode=nearest: images to search for, as in query=[a.jpg,b.jpg]: files, also outside of the data set, or names
     in the table of the index, such as clips/a.mp4@1.000 for the frame of a video."""
@@ -29,8 +29,8 @@ class SearchConfig(EmbedConfig):
     k: int = bounded(12, ge=1)
     """Number of nearest neighbors. For mode=outliers, an image's score is its mean similarity to them."""
     threshold: float = bounded(0.97, gt=-1, le=1, example="threshold=0.97")
-    """For mode=duplicates: the lowest cosine similarity of an image of a group to the one to keep. It depends on the
-    encoder: raise it if a group holds different images, and lower it to find edited copies."""
+    """For mode=duplicates: an image joins a group if its cosine similarity to the image to keep is at least this. The
+    best value depends on the encoder: raise it if a group holds different images, lower it to find edited copies."""
     show: int = bounded(60, ge=1)
     """Largest number of groups or outliers in the gallery. The JSON file holds all of them."""
     gallery: str = bounded("html", choices=("html", "png", "none"))

@@ -240,7 +240,7 @@ class TrainConfig(StoppableConfig):
     """Where metrics are written in addition to metrics.jsonl: tensorboard, wandb (extra wandb), mlflow (extra mlflow),
     and the loggers of plug-ins."""
     analyse_every: int = bounded(5, ge=0)
-    """Add alignment, uniformity, effective rank and other measures to every N-th record; 0: never."""
+    """Add alignment, uniformity, effective rank and other measures to every N-th record of metrics.jsonl; 0: never."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -337,7 +337,7 @@ def bn_sync_fields(config: TrainConfig, processes: int) -> str:
 
 
 def _check_batch(config: TrainConfig, processes: int) -> None:
-    """Check that the batch divides over processes, micro-batches and BN groups. The values that errors advise pass."""
+    """Check that the batch divides over processes, micro-batches and BN groups. Errors advise values that pass."""
     model, parts = config.model, processes * config.accumulate
     micro_batch, rest = divmod(config.batch_size, parts)
     smaller = 0 if rest else _largest_divisor(micro_batch, model.bn_group_size)
@@ -363,7 +363,7 @@ def _check_batch(config: TrainConfig, processes: int) -> None:
 
 
 def _check_groups(config: TrainConfig, processes: int, smaller: int) -> None:
-    """Check that BN groups divide a micro-batch; `smaller` is the size of smaller ones that do, or 0."""
+    """Check that BN groups divide a micro-batch; `smaller` is a smaller size of groups that do, or 0."""
     parts, group = processes * config.accumulate, config.model.bn_group_size
     micro_batch = config.batch_size // parts
     fixes = [f"batch_size={_nearest_batch(config, parts)}"]

@@ -27,7 +27,7 @@ class TransferConfig(SubjectConfig):
     mode: str = bounded("linear", choices=("linear", "few_shot", "finetune"))
     """linear: logistic regression on frozen features, or a linear SVM per class if images have several labels.
     few_shot: classify test images by the nearest class mean of a few labeled ones, in many random episodes. finetune:
-    train encoder and classifier end to end on all labeled images, as moco.finetune does."""
+    train encoder and classifier end to end on all training images, as moco.finetune does."""
     validation: float = bounded(0.2, gt=0, lt=1)
     """For data without a validation split: the fraction of the training images of each class on which the strength of
     the regularization is chosen. The classifier is then trained on all training images."""
@@ -42,8 +42,9 @@ class TransferConfig(SubjectConfig):
     episodes: int = bounded(600, ge=2, le=100_000)
     """For few_shot: number of episodes; the mean of their accuracies is reported."""
     finetune: dict[str, Any] = field(default_factory=dict)
-    """For finetune: fields of docs/config/finetune.md, such as finetune.lr=0.01 or +finetune.seeds=3, except those that
-    select encoders or images."""
+    """For finetune: fields of docs/config/finetune.md, such as finetune.lr=0.01. A field that the default does not name
+    needs a plus, such as +finetune.seeds=3. Not possible are the fields that moco.transfer also has (such as seed), and
+    those that select encoders or images, save the training state, log or stop."""
 
 
 def check_transfer(config: TransferConfig, processes: int = 1) -> None:

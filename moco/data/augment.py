@@ -209,7 +209,8 @@ def _plan(params: Params, view: View, use_kernels: bool = False) -> dict[str, ND
     plan: dict[str, NDArray[Any]] = {}
     for name in ("mean", "std"):
         plan[name] = np.asarray(getattr(view, name), dtype=np.float32).reshape(1, -1, 1, 1)
-    if use_kernels:  # before arrays of varying size, so that its place is the same: Triton compiles by the alignment
+    # Before arrays of varying size, so that its offset never changes: Triton compiles anew for another alignment.
+    if use_kernels:
         plan["table"] = _table(params, view)
     else:
         plan |= _plan_one_by_one(params, view)
@@ -263,10 +264,10 @@ def _table(params: Params, view: View) -> NDArray[np.float32]:
 
 
 def _factors_of(params: Params, rows: NDArray[np.int64], operations: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Return the factors of one operation per row, (J,), or with factors for each channel (J, C)."""
+    """Return the factors of one operation per row: (J,), or (J, C) if each channel has its own factor."""
     if not params.channel_factors.size:
         return params.factors[rows, operations]
-    return params.channel_factors[rows, :, np.minimum(operations, 1)]  # hue and saturation, 2 and 3, are not applied
+    return params.channel_factors[rows, :, np.minimum(operations, 1)]  # saturation (2) and hue (3) are not applied
 
 
 def _half_kernels(sigma: NDArray[np.float32], view: View) -> NDArray[np.float32]:

@@ -101,6 +101,7 @@ def bands_of_array(array: NDArray[Any], pixel_format: PixelFormat) -> Tensor:
 
     Raises:
         WrongFormat: for another number of channels, or a type that `dtype` cannot hold.
+        ValueError: if pixels are not finite.
     """
     return torch.from_numpy(_of_type(_bands(array, pixel_format.channels), pixel_format.dtype))
 

@@ -29,7 +29,8 @@ class Source(Protocol):
     """A list of images in a fixed order, with or without labels.
 
     A source derives from this class and defines the abstract members (`ArraySource` defines all members instead). The
-    defaults of the others suit RGB images that are read one by one, without access to their files or encoded bytes.
+    defaults of the other members suit RGB images that are read one by one, without access to their files or encoded
+    bytes.
     """
 
     @property
@@ -147,8 +148,8 @@ class Sources:
 def labeled(train: Source, held_out: Source | None = None, where: str = "") -> Sources:
     """Return a data set in which the training images, if labeled, are the bank as well.
 
-    If `where` is given, the labels of the held-out images become indices into the classes of training, and `where`
-    names that split in errors. Otherwise they must be such indices already.
+    If `where` is given, the labels of the held-out images become indices into the classes of training, and errors name
+    the held-out split by `where`. Otherwise the labels must be such indices already.
     If images have several labels, both splits get the classes of both, and there is no bank.
     """
     pair: tuple[Any, Any] = train, held_out  # Any, because `replace` takes only dataclasses
@@ -210,7 +211,7 @@ def names_digest(source: Source, with_size: bool = False) -> str:
 def entries_digest(entries: Iterable[list[Any]], head: str = "", pixel_format: PixelFormat = RGB) -> str:
     """Return the SHA-256 over `head` and one JSON list per image: the common part of `Source.content_digest`.
 
-    The digest depends on the pixel format if it is not the default, because it changes the pixels.
+    A pixel format other than the default changes the pixels, so it changes the digest too.
     """
     sha = hashlib.sha256(head.encode())
     if pixel_format.bits != 16:

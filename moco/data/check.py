@@ -1,6 +1,6 @@
 """Find everything that is wrong with a folder of images or videos before a run: decode all, and report the faults.
 
-Of shards, compare the checksums of all files.
+Shards are not decoded: the checksums of their files are compared.
 
 Legend: N images, of the training folder and then of the held-out folder.
 """
@@ -144,10 +144,12 @@ def _check_images(config: CheckDataConfig, output: Path) -> None:
 def suggest(
     data: DataConfig, images: int, budget: int, stats: dict[str, list[float]] | None = None, drawn: int = 0
 ) -> list[str]:
-    """Return the command that trains on a folder; for few images in 8-bit RGB, one that uses published weights instead.
+    """Return lines that suggest the next command: one that trains on the folder, or one that must come before.
+
+    For few images in 8-bit RGB, the command computes features with published weights instead.
 
     Args:
-        data: the data set; for videos, the command packs their frames instead.
+        data: the data set; for videos, the command packs their frames.
         images: the number of training images.
         budget: epochs times images per epoch.
         stats: mean and std of each channel, which the command then contains.

@@ -208,7 +208,7 @@ def _center(length: int, size: int) -> int:
 
 
 def _enlarged_center(image: Tensor, shape: tuple[int, int], size: int) -> Tensor:
-    """Return the central (C, S, S) of an image that is enlarged to `shape`, without the rest: bounded memory.
+    """Return the center (C, S, S) of an image enlarged to `shape`. To save memory, only the center is computed.
 
     Equal to `F.interpolate` and a crop, bit for bit: the same weights as in `resized_crops`, horizontal first.
     """
@@ -232,10 +232,10 @@ def _center_weights(length: int, resized: int, size: int) -> tuple[slice, Tensor
 def _exact_dtype(device: torch.device, extent: int, size: int, antialias: bool) -> torch.dtype:
     """Return the number type in which the sums of `resized_crops` are exact.
 
-    A sum is at most 255 * 2**precision, and float32's 24 bits suffice for a precision of up to 16: about 3 times faster
-    on a CPU. With antialiasing this holds if a side is reduced by a factor of at most 2. Without, it always holds: the
-    larger of two weights is at least 1/2, so the precision is at most 15. On other devices float64 is hardly slower at
-    this size, and TF32 settings do not affect it.
+    A sum is at most 255 * 2**precision, so float32's 24 bits suffice for a precision of up to 16. With antialiasing,
+    the precision is at most 16 if a side is reduced by a factor of at most 2. Without antialiasing, it is at most 15,
+    because the larger of two weights is at least 1/2. On a CPU, float32 is about 3 times as fast as float64. On other
+    devices float64 is hardly slower at this size, and TF32 settings do not affect it.
     """
     full_precision = torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
     fits = extent <= 2 * size or not antialias
@@ -288,10 +288,11 @@ def _quantized(taps: NDArray[np.float64], largest: NDArray[np.float64]) -> NDArr
 def antialiased_taps(
     lengths: NDArray[np.float64], size: int, outputs: NDArray[np.int64] | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the weights of antialiased bilinear interpolation: a triangle as wide as the pixels that it covers.
+    """Return the weights of antialiased bilinear interpolation: a triangle over the input pixels around each center.
 
     `lengths`, shape (M, 1), are numbers of pixels to resize to S = `size`. Returns the first pixel of each output
-    pixel, shape (M, S), and its weights, shape (M, S, K), which sum to 1. With `outputs`, only these output pixels.
+    pixel, shape (M, S), and its weights, shape (M, S, K), which sum to 1. With `outputs`, only these output pixels. The
+    triangle reaches to each side as far as one output pixel is wide, but at least one input pixel.
     """
     scale = lengths / size  # input pixels per output pixel
     support = np.maximum(scale, 1.0)

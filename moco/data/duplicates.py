@@ -78,7 +78,7 @@ def copies_message(count: int, held_out: int) -> str:
 
 
 def _groups(sources: Sequence[Source], fingerprints: Rows, progress: Progress | None) -> Rows:
-    """Return the first row with the same content for all rows of the sources, in their order."""
+    """Return for each row, over all sources in their order, the first row with the same content."""
     _, inverse, counts = np.unique(fingerprints, return_inverse=True, return_counts=True)
     rows: list[int] = np.flatnonzero(counts[inverse] > 1)[rank() :: world_size()].tolist()
     starts = np.cumsum([0, *map(len, sources)])

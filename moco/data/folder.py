@@ -176,7 +176,7 @@ def _open_with_label_file(config: DataConfig, keep_unlistable: bool) -> Sources:
     held_out = held_out_split(found, config.split, config.eval_split, table)
     unused = Counter(row.split for row in found if row.split not in (config.split, held_out))
     evaluated = None
-    if held_out:  # what else the folder holds counts once, as that of the training images
+    if held_out:  # the training split alone reports the folder's other files
         evaluated = replace(part(held_out, 1), ignored={}, unlistable={}, broken={})
     return replace(labeled(part(config.split, 2), evaluated, f"{where} split={held_out}"), unused_splits=unused)
 
@@ -221,7 +221,7 @@ def scan(
         table: the label file, which does not count as a file that is left out.
 
     Warns:
-        RunWarning: about broken links whose names have no image ending.
+        RunWarning: about broken links whose names have no image ending, unless `keep_unlistable`.
 
     Raises:
         FileNotFoundError: if there is no such folder, or no image in it.

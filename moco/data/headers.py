@@ -138,7 +138,7 @@ def stated_values(image: Image.Image) -> NDArray[Any]:
 
 
 def deep_white_is_zero(image: Image.Image) -> bool:
-    """Return whether white is zero in a loaded image. PIL itself inverts images of at most 8 bits."""
+    """Return whether zero is white in a loaded image of more than 8 bits; PIL inverts the others when it loads them."""
     photometric = getattr(image, "tag_v2", {}).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION)
     return photometric == _WHITE_IS_ZERO and image.mode[0] in "IF"
 

@@ -3,7 +3,7 @@
 The images stay in memory-mapped Arrow files. No code of a data set is ever run: the library `datasets` cannot do so
 from version 4 on.
 
-Legend: N images.
+Legend: N images, L classes.
 """
 
 import importlib
@@ -68,7 +68,7 @@ class HubSource(Source):
         return replace(self, rows=self.rows[rows], labels=labels, multi_labels=several)
 
     def content_fingerprints(self) -> NDArray[np.int64]:
-        """Return the sizes of the images; from Arrow's offsets, so that no image is read."""
+        """Return the size of each image in bytes, which Arrow's offsets give without reading the image."""
         if not self.encoded:
             return super().content_fingerprints()
         pc = importlib.import_module("pyarrow.compute")

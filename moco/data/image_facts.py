@@ -161,7 +161,7 @@ def _pil_header(data: bytes, pages: list[Page], pixel_format: PixelFormat) -> tu
         deep = image.mode[0] in "IF" or has_deep_color(image)
         # Where tifffile reads a TIFF, the pages are bands, not frames.
         bands_in_pages = not pixel_format.is_8bit_gray_or_rgb and needs_tifffile(image, data, pixel_format.channels)
-        frames, transparent = 2, False  # 2: counting fails if data after the first frame is damaged
+        frames, transparent = 2, False  # 2 stays if PIL cannot count the frames, because a later one is damaged
         with contextlib.suppress(Exception):
             frames = getattr(image, "n_frames", 1)
         if pages:

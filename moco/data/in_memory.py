@@ -20,12 +20,13 @@ from moco.data.pixel_format import RGB, PixelFormat
 
 
 def to_pixels(image: Any, pixel_format: PixelFormat = RGB) -> Tensor:
-    """Return an image as a tensor (C, H, W) of a format, upright, as `moco.data.decode.decode` returns its file.
+    """Convert an image to a tensor (C, H, W) of a format, upright, as `moco.data.decode.decode` converts a file.
 
     Args:
         image: a PIL image of any mode; an array (H, W, C), (C, H, W) or (H, W); a tensor (C, H, W) or (H, W); or the
-            path of an image file. Arrays and tensors have the channels and the type of the format, or for float32 any
-            type of numbers. If the format is 8-bit gray or 8-bit RGB, both gray and RGB are converted to it.
+            path of an image file. An array or tensor must have the channels and the type of the format, with two
+            exceptions: for float32 it may hold any integers or floats, and 8-bit gray and RGB are converted into each
+            other.
         pixel_format: the channels and the type of the result.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The temperature study: train a run at each temperature, measure and draw. Or explain its effect on a few candidates.
+"""The temperature study: train a run at each temperature, measure and draw; or explain the effect on a few candidates.
 
 Hydra's multirun is not used: it runs all jobs in one process, once per rank under torchrun, and reruns finished jobs.
 Here each run is a process with its own directory, so the same command resumes the study.
@@ -72,8 +72,8 @@ def explain(config: TemperatureConfig) -> None:
         ["T", "right: P %", "loss", "pull", "wrong: P %", "loss", "pull"],
         rows,
         f"right: the positive has similarity {similarities[RIGHT]:g}; wrong: it has {similarities[WRONG]:g}. P is the "
-        "softmax of the positive; pull is minus the gradient of the loss with respect to its similarity, which "
-        "equals the sum of the push on the others",
+        "softmax of the positive; pull is minus the gradient of the loss with respect to that similarity. "
+        "The pushes on the other candidates add up to the pull",
     )
     figure = output / "explain.svg"
     draw_explanation(figure, similarities, min(0.02, *temperatures), max(2.0, *temperatures))
@@ -129,7 +129,7 @@ def command_of(config: TemperatureConfig, run: Planned) -> list[str]:
 
 
 def _refuse_other_study(output: Path, config: TemperatureConfig) -> None:
-    """Refuse other settings of the runs; temperatures and seeds can be added to a study."""
+    """Refuse to resume a study with other settings of its runs. Temperatures and seeds can be added to it."""
     common = {name: getattr(config, name) for name in ("recipe", "overrides", "epochs")}
     file = output / "study.json"
     try:
