@@ -62,7 +62,7 @@ class DetectConfig(ResumableConfig, EncoderConfig):
     width: int = bounded(256, ge=8, le=4096)
     """Channels of the feature pyramid and of the convolutions in the heads on it; the box head's fully connected layers
     have four times as many. In mask_rcnn_c4: channels of the mask head."""
-    anchor_sizes: list[float] | None = bounded(None, gt=0, min_length=1)
+    anchor_sizes: list[float] | None = bounded(None, ge=2, min_length=1)
     """Sides of the anchor boxes in pixels of the resized image: one per level of the pyramid, or all on the map of c4.
     Null: 8 times the stride of each level (4 times in retinanet); 32, 64, ... 512 in c4. retinanet also uses 1.26 and
     1.59 times each side."""

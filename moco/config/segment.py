@@ -24,7 +24,7 @@ class MasksConfig:
     """For voc and cityscapes: the split for training. The larger VOC training split of the literature is trainaug."""
     eval_split: str = "val"
     """For voc and cityscapes: the split for the evaluation."""
-    classes: list[str] = bounded([], unique=True)
+    classes: list[str] = bounded([], unique=True, max_length=255)
     """For layout=folder: names of the classes 0, 1, ... Empty: named by number, up to the highest one in the masks."""
     ignore: int = bounded(255, ge=0, le=255)
     """For layout=folder: the value of mask pixels without a class, which are left out of the loss and of the results.

@@ -140,6 +140,12 @@ def _read(path: str | Path, read: Callable[[Path], bytes]) -> bytes:
     return data
 
 
+def pil_reason(error: Exception, data: bytes) -> str:
+    """Return why PIL cannot open the content of a file; its own words name an object in memory."""
+    unknown = isinstance(error, UnidentifiedImageError)
+    return f"no known image format, it begins with {data[:12]!r}" if unknown else str(error) or type(error).__name__
+
+
 def decode_bytes(path: str | Path, data: bytes, pixel_format: PixelFormat = RGB) -> Tensor:
     """Decode the content of a file as `decode` does; `path` names it in errors."""
     return decode_scaled(path, data, lambda height, width: 1, pixel_format).pixels

@@ -10,6 +10,9 @@ from collections.abc import Collection, Iterable
 from functools import lru_cache
 from pathlib import Path
 
+from moco.config import ConfigError, require
+from moco.files import cause
+
 
 def other_forms(names: Collection[str], known: Iterable[str]) -> dict[str, str]:
     """Return, for each name that is unknown but is known in another form of Unicode, the known name.
@@ -54,3 +57,17 @@ def _by_form(names: Iterable[str]) -> dict[str, list[str]]:
 @lru_cache(maxsize=16)
 def _entries(folder: str, _modified: int) -> dict[str, list[str]]:
     return _by_form(path.name for path in Path(folder).iterdir())
+
+
+def listed_names(path: Path) -> list[str]:
+    """Return the lines of a list of names that are not empty.
+
+    Raises:
+        ConfigError: if the file is no text in UTF-8, or has no such line.
+    """
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not a list of names, a text in UTF-8 ({cause(error)}): correct it") from error
+    require(bool(names), f"{path} lists no image: choose another split")
+    return names

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from moco.config.base import optional_module
-from moco.data.decode import ImageError, decode_bytes, read_bytes
+from moco.data.decode import ImageError, decode_bytes, pil_reason, read_bytes
 from moco.data.headers import orientation_of
 from moco.data.walk import IMAGE_FORMATS
 from moco.data.workers import in_order
@@ -69,7 +69,7 @@ class BoxedImage:
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 size = image.size[::-1] if orientation_of(image, data) in (5, 6, 7, 8) else image.size
         except Exception as error:  # PIL raises many types
-            raise ImageError(f"cannot read the image {self.path}: {error}") from error
+            raise ImageError(f"cannot read the image {self.path}: {pil_reason(error, data)}") from error
         self._check_size(*size)
 
     def _check_size(self, width: int, height: int) -> None:

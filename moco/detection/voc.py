@@ -1,5 +1,6 @@
 """Boxes in the layout of Pascal VOC: JPEGImages/NAME.jpg, Annotations/NAME.xml, ImageSets/Main/SPLIT.txt."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -7,10 +8,11 @@ from xml.etree import ElementTree
 import numpy as np
 
 from moco.config import ConfigError, require
-from moco.data.file_names import existing_path
+from moco.data.file_names import existing_path, listed_names
 from moco.data.labels import first_names
 from moco.detection.box_check import BoxCheck
 from moco.detection.images import BoxedImage, BoxedImages, split_of
+from moco.files import cause
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
@@ -43,46 +45,57 @@ def read_voc(root: Path, splits: Sequence[str], classes: Sequence[str], drop: bo
             fix = "set boxes.root, or name the splits with boxes.split and boxes.eval_split (YEAR/NAME, or NAME)"
             raise ConfigError(f"boxes.root={root}: there is no folder {places[0] / 'JPEGImages'}: {fix}")
         images += [_image(base, each, classes, check, training) for each in _names(base, name)]
-    check.finish(f"boxes.root={root}", drop)
+    check.finish(f"boxes.root={root}, {first_names(splits)}", drop)
     return split_of(images, classes)
 
 
 def _names(base: Path, split: str) -> list[str]:
     path = base / "ImageSets" / "Main" / f"{split}.txt"
     require(path.is_file(), f"{split!r} is not a split of this data set: {path} does not exist; choose another one")
-    names = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    require(bool(names), f"{path} lists no image: choose another split")
-    return names
+    return [line.split()[0] for line in listed_names(path)]
 
 
 def _image(base: Path, name: str, classes: Sequence[str], check: BoxCheck, training: bool) -> BoxedImage:
     path = Path(existing_path(str(base / "Annotations" / f"{name}.xml")))
     try:
         page = ElementTree.parse(path).getroot()
-        size = int(page.findtext("size/width", "")), int(page.findtext("size/height", ""))
+        width, height = (int(_number(page, f"size/{side}", least=1)) for side in ("width", "height"))
         objects = [
-            (each.findtext("name", "").strip(), [float(each.findtext(f"bndbox/{side}", "")) for side in _SIDES], each)
+            (each.findtext("name", "").strip(), [_number(each, f"bndbox/{side}") for side in _SIDES], each)
             for each in page.iter("object")
         ]
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist, and the split lists {name}: add it") from error
     except (ElementTree.ParseError, OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not an annotation of Pascal VOC ({error}): correct it") from error
+        raise ConfigError(f"{path} is not an annotation of Pascal VOC ({cause(error)}): correct it") from error
     boxes, labels, difficult = [], [], []
     for kind, (left, top, right, bottom), entry in objects:
         known = f"and the classes are {first_names(classes)}"
         require(kind in classes, f"{path}: an object has the class {kind!r}, {known}: correct it, or set boxes.classes")
         # Pixels are counted from 1, and the last one belongs to the box.
-        box = check.clipped(f"{path}: the box of a {kind}", (left - 1, top - 1, right, bottom), size)
+        box = check.clipped(f"{path}: the box of a {kind}", (left - 1, top - 1, right, bottom), (width, height))
         if box is not None:
             boxes.append(box)
             labels.append(1 + list(classes).index(kind))
             difficult.append(not training and entry.findtext("difficult", "0").strip() == "1")
     return BoxedImage(
         existing_path(str(base / "JPEGImages" / f"{name}.jpg")),
-        *size,
+        width,
+        height,
         np.array(boxes, dtype=np.float32).reshape(-1, 4),
         np.array(labels, dtype=np.int64),
         np.array(difficult, dtype=bool),
         dropped=len(objects) - len(boxes),
     )
+
+
+def _number(entry: ElementTree.Element, name: str, least: float = -math.inf) -> float:
+    """Return the number that an element states; raise ValueError for another text, or one below `least`."""
+    text = entry.findtext(name, "")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= least):
+        raise ValueError(f"{name} is {text!r:.80}, not a number{f' of at least {least}' * math.isfinite(least)}")
+    return value

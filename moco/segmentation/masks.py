@@ -17,8 +17,8 @@ from torch import Tensor
 
 from moco.config import ConfigError, RunWarning, require
 from moco.config.segment import MasksConfig
-from moco.data.decode import ImageError, decode_bytes, read_bytes
-from moco.data.file_names import existing_path, other_forms
+from moco.data.decode import ImageError, decode_bytes, pil_reason, read_bytes
+from moco.data.file_names import existing_path, listed_names, other_forms
 from moco.data.labels import first_names
 from moco.data.walk import IMAGE_ENDINGS, IMAGE_FORMATS, walk
 from moco.data.workers import in_order
@@ -76,7 +76,7 @@ class MaskedImages:
         values = _read_mask(mask_path)
         classes: NDArray[np.int16] = self.table[values]
         if classes.min() < 0:
-            wrong, last = int(values[classes < 0][0]), len(self.classes) - 1
+            wrong, last = int(values[classes < 0][0]), (len(self.classes) or IGNORED) - 1
             fix = (
                 "correct the mask, set masks.classes to all names, or set masks.ignore to the value that means no class"
             )
@@ -111,7 +111,7 @@ def open_masked(config: MasksConfig) -> tuple[MaskedImages, MaskedImages]:
         splits = [MaskedImages(tuple(find(root, name)), classes, table) for name in (config.split, config.eval_split)]
         return splits[0], splits[1]
     names = tuple(config.classes)
-    known = MaskedImages((), names, _table(len(names) or 256, config.ignore))
+    known = MaskedImages((), names, _table(len(names) or IGNORED, config.ignore))
     train = replace(known, pairs=tuple(_folder(root, "masks.root")))
     if config.eval_root:
         return train, replace(known, pairs=tuple(_folder(Path(config.eval_root), "masks.eval_root")))
@@ -220,9 +220,7 @@ def _cityscapes(root: Path, split: str) -> list[tuple[str, str]]:
 def _lines(path: Path, split: str) -> list[str]:
     lists = ", ".join(sorted(each.stem for each in path.parent.glob("*.txt")))
     require(path.is_file(), f"{split!r} is not a split of this data set: {path} does not exist (there are {lists})")
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    require(bool(names), f"{path} lists no image")
-    return names
+    return listed_names(path)
 
 
 def _existing(pairs: list[tuple[str, str]], split: str) -> list[tuple[str, str]]:
@@ -245,12 +243,13 @@ def _read_mask(path: str) -> NDArray[np.uint8]:
             if image.format == "JPEG":
                 raise ImageError(f"the mask {path} is a JPEG, which changes the values of pixels; {numbers}")
             if image.mode not in ("P", "L", "1", "I", "I;16"):
-                raise ImageError(f"the mask {path} holds colors (mode {image.mode}); {numbers}")
+                kind = {"F": "fractions", "LA": "transparency"}.get(image.mode, "colors")
+                raise ImageError(f"the mask {path} holds {kind} (mode {image.mode}); {numbers}")
             values = np.array(image)
     except ImageError:
         raise
     except Exception as error:  # PIL raises many types
-        raise ImageError(f"cannot read the mask {path}: {error}") from error
+        raise ImageError(f"cannot read the mask {path}: {pil_reason(error, content)}") from error
     if values.min() < 0 or values.max() > 255:
         raise ImageError(f"the mask {path} has values {values.min()} ... {values.max()}; classes are 0 ... 255")
     return values.astype(np.uint8)
@@ -258,10 +257,9 @@ def _read_mask(path: str) -> NDArray[np.uint8]:
 
 def _header(path: str) -> tuple[tuple[int, int], int]:
     """Return width and height of an image as stored, and its EXIF orientation (1: upright)."""
+    content = read_bytes(path)
     try:
-        with Image.open(io.BytesIO(read_bytes(path)), formats=IMAGE_FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             return image.size, int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except ImageError:
-        raise
     except Exception as error:  # PIL raises many types
-        raise ImageError(f"cannot read the image {path}: {error}") from error
+        raise ImageError(f"cannot read the image {path}: {pil_reason(error, content)}") from error

@@ -136,7 +136,7 @@ def _set_up(config: SegmentConfig, supervision: Supervision) -> Segmentation:
     )
     arguments = config.masks.workers, supervision.heartbeat
     counts = on_rank_zero(lambda: [count_classes(each, *arguments) for each in (train_split, held_out)])
-    train_split, held_out = _with_classes(train_split, held_out, counts)
+    train_split, held_out = _with_classes(train_split, held_out, counts, config.masks.ignore)
     for name, file in files.items():
         log(f"{name}: {file.source}: {file.backbone} ({file.layout}{file.trained})")
     log(f"{len(train_split):,} images for training, {len(held_out):,} held out, {len(train_split.classes)} classes")
@@ -146,16 +146,20 @@ def _set_up(config: SegmentConfig, supervision: Supervision) -> Segmentation:
 
 
 def _with_classes(
-    train_split: MaskedImages, held_out: MaskedImages, counts: list[Any]
+    train_split: MaskedImages, held_out: MaskedImages, counts: list[Any], ignore: int
 ) -> tuple[MaskedImages, MaskedImages]:
     """Name the classes by their numbers if the configuration does not; log the classes without training pixels."""
     pixels = np.stack(counts)[:, :IGNORED]  # (2, 255)
+    ignored = int(np.stack(counts)[:, IGNORED].sum())
     for name, each in zip(("training", "held-out"), pixels, strict=True):
         require(bool(each.any()), f"no mask of the {name} split has a pixel with a class: correct the masks")
     highest = int(np.flatnonzero(pixels.sum(axis=0))[-1])
     classes = train_split.classes or tuple(map(str, range(highest + 1)))
-    require(len(classes) >= 2, "the masks have only one class: segmentation needs two, such as 0 for the background")
-    unused = [str(number) for number, both in enumerate(pixels.sum(axis=0)[: len(classes)]) if not both]
+    occurring = np.flatnonzero(pixels.sum(axis=0))
+    without = f", and {ignored:,} pixels without a class (masks.ignore={ignore})" if ignored else ""
+    error = f"the masks have pixels of one class only ({classes[occurring[0]]}){without}"
+    require(len(occurring) > 1, f"{error}: segmentation needs two, numbered 0, 1, ...")
+    unused = [str(number) for number in range(len(classes)) if number not in occurring and number != ignore]
     if unused and not train_split.classes and is_rank_zero():
         fix = f"correct the masks with the value {highest}, or name the classes, masks.classes=[...]"
         problem = f"the masks have values up to {highest}, but no pixel has the value {first_names(unused)}"

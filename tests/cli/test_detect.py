@@ -133,6 +133,10 @@ def test_results_are_below_the_directory_of_the_configured_encoder(canvases: Pat
         (["precise_bn=1", "bn=frozen"], "precise_bn=1 has no effect with bn=frozen"),
         (["detector=yolo"], "detector='yolo' must be one of faster_rcnn_fpn, faster_rcnn_c4"),
         (["detector=faster_rcnn_c4"], "detector=faster_rcnn_c4 needs the four stages of a ResNet"),
+        (
+            ["anchor_sizes=[1,8,8,8]"],
+            "1.0 must be at least 2",
+        ),  # torchvision would round its sides to 0
         (["anchor_sizes=[8]"], "anchor_sizes=[8.0] must hold a size for each of the 4 levels"),
         (["lr=1e30"], "lower lr=1e+30"),
         (["weight_decay=1e30"], "or weight_decay=1e+30"),

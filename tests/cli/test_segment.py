@@ -158,6 +158,25 @@ def test_what_cannot_run_is_one_sentence(canvases: Path, run: Run, overrides: li
     assert len(err.strip().splitlines()) == 1
 
 
+def test_masks_of_one_class_are_refused_and_the_ignored_value_is_no_gap(canvases: Path, run: Run) -> None:
+    """Binary masks often have the values 0 and 255, which is ignored by default."""
+
+    def written(*values: int) -> tuple[int, str, str]:
+        for path in (canvases / "c").glob("*/masks/*.png"):
+            Image.fromarray(np.resize(np.array(values, np.uint8), (24, 24))).save(path)
+        return run("segment", *ENCODER, *SMALL, "encoders=[untrained]", "output=out", "steps=1", *more)
+
+    for more in ([], ["masks.classes=[background,digit]"]):
+        status, _, err = written(0, 255)
+        assert status == 2
+        assert (
+            f"one class only ({'background' if more else 0}), and 4,320 pixels without a class (masks.ignore=255)"
+            in err
+        )
+    more = ["masks.ignore=1"]
+    assert written(0, 1, 2)[0] == 0  # a warning about the value 1 would be an error here
+
+
 def test_a_mask_that_cannot_be_used_is_no_fault_of_the_program(canvases: Path, run: Run) -> None:
     """The sentence names the mask; a traceback, or a check of the images, would not help."""
     (canvases / "c/train/masks/00000.png").write_bytes(b"")

@@ -59,7 +59,7 @@ def write_voc(root: Path, year: str, split: str, objects: str, name: str = "0000
     listed.write_text("".join(f"{each}\n" for each in dict.fromkeys([*names, name])))
 
 
-def voc_object(name: str, box: tuple[int, ...], difficult: int = 0) -> str:
+def voc_object(name: str, box: tuple[int | str, ...], difficult: int = 0) -> str:
     sides = "".join(
         f"<{side}>{each}</{side}>" for side, each in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
     )

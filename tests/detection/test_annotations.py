@@ -224,7 +224,9 @@ def test_an_image_of_another_size_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=message):
         images.images[1].pixels()
     (tmp_path / "b.png").write_bytes(b"no image")
-    with pytest.raises(ImageError, match="cannot read the image"):
+    with pytest.raises(
+        ImageError, match=r"cannot read the image .*b\.png: no known image format, it begins with b'no image'"
+    ):
         check_images(images, 0)
 
 
@@ -253,7 +255,11 @@ def test_voc_counts_pixels_from_one_and_ignores_difficult_objects_in_the_evaluat
         ),
         (voc_object("cat", (5, 5, 4, 9)), r"000001\.xml: the box of a cat has no area"),
         (voc_object("cat", (5, 5, 40, 9)), "reaches outside its image of 30 x 20 pixels"),
-        ("<object><name>cat</name></object>", "is not an annotation of Pascal VOC"),
+        (
+            "<object><name>cat</name></object>",
+            r"000001\.xml is not an annotation of Pascal VOC \(bndbox/xmin is '', not a",
+        ),
+        (voc_object("cat", ("nan", 1, 5, 9)), r"bndbox/xmin is 'nan', not a number\): correct it"),
         ("<object>", "is not an annotation of Pascal VOC"),
     ],
 )
@@ -262,6 +268,20 @@ def test_a_wrong_annotation_of_voc_is_one_sentence(tmp_path: Path, objects: str,
     config = BoxesConfig(layout="voc", root=str(tmp_path), split=["2007/trainval"], eval_split=["2007/test"])
     with pytest.raises(ConfigError, match=message):
         open_boxed(config, masks=False)
+
+
+def test_the_size_of_an_image_and_the_list_of_a_split_of_voc_are_checked(tmp_path: Path) -> None:
+    write_voc(tmp_path, "2007", "train", voc_object("cat", (1, 1, 9, 9)))
+    annotation, listed = (
+        tmp_path / "VOC2007" / each for each in ("Annotations/000001.xml", "ImageSets/Main/train.txt")
+    )
+    annotation.write_text(annotation.read_text().replace("<width>30", "<width>0"))
+    with pytest.raises(ConfigError, match=r"size/width is '0', not a number of at least 1\): correct it"):
+        read_voc(tmp_path, ["2007/train"], VOC_CLASSES, drop=True, training=True)
+    for content, message in ((b"\xff\xfe0", "is not a list of names, a text in UTF-8"), (b" \n", "lists no image")):
+        listed.write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"train\.txt {message}"):
+            read_voc(tmp_path, ["2007/train"], VOC_CLASSES, drop=True, training=True)
 
 
 def test_missing_parts_of_voc_are_one_sentence(tmp_path: Path) -> None:

@@ -129,11 +129,26 @@ BREAK: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda root: save(root / "masks/a/0.png", np.full((6, 8), 9, np.uint8)),
         r"the mask .*0\.png has a pixel of value 9, and the classes are 0 \.\.\. 2: .*masks\.classes",
     ),
+    "the value 255 if it is not ignored": (
+        lambda root: save(root / "masks/a/0.png", np.full((6, 8), 255, np.uint8)),
+        r"the mask .*0\.png has a pixel of value 255, and the classes are 0 \.\.\. (2|254): ",
+    ),
+    "fractions": (
+        lambda root: save((root / "masks/a/0.png").rename(root / "masks/a/0.tif"), np.zeros((6, 8), np.float32)),
+        r"the mask .*0\.tif holds fractions \(mode F\)",
+    ),
+    "an image that is none": (
+        lambda root: (root / "images/a/0.jpg").write_text("text"),
+        r"cannot read the image .*0\.jpg: no known image format, it begins with b'text'",
+    ),
     "16 bits": (
         lambda root: save(root / "masks/a/0.png", np.full((6, 8), 300, np.uint16)),
         r"the mask .*0\.png has values 300 \.\.\. 300; classes are 0 \.\.\. 255",
     ),
-    "no image file": (lambda root: (root / "masks/a/0.png").write_text("text"), r"cannot read the mask .*0\.png"),
+    "no image file": (
+        lambda root: (root / "masks/a/0.png").write_text("text"),
+        r"cannot read the mask .*0\.png: no known image",
+    ),
     "an empty mask": (lambda root: (root / "masks/a/0.png").write_bytes(b""), r"the mask .*0\.png: the file is empty"),
     "a rotated image": (_rotate, r"0\.jpg is stored rotated"),
 }
@@ -144,8 +159,9 @@ def test_a_mask_that_cannot_be_used_is_one_sentence(tmp_path: Path, name: str) -
     change, message = BREAK[name]
     folder(tmp_path)
     change(tmp_path)
-    classes = ["sky", "sea", "sand"]
-    train, _ = open_masked(MasksConfig(root=str(tmp_path), eval_root=str(tmp_path), classes=classes))
+    ignore = 7 if "255" in name else 255
+    classes = [] if name == "the value 255 if it is not ignored" else ["sky", "sea", "sand"]
+    train, _ = open_masked(MasksConfig(root=str(tmp_path), eval_root=str(tmp_path), classes=classes, ignore=ignore))
     with pytest.raises(ImageError, match=message):
         train.read(0)
     for workers in (0, 1):
