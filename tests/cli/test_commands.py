@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -18,7 +19,7 @@ from moco.config import RunWarning, TrainConfig, config_dir
 from moco.config.knn import KnnConfig
 from moco.config.pack import PackConfig
 from moco.config.search import SearchConfig
-from moco.data.decode import ImageError
+from moco.data.decode import ImageError, read_bytes
 from tests.cli.conftest import Run
 
 COMMANDS = sorted({path.stem for path in Path(config_dir()).glob("*.yaml")} - {"train"})
@@ -243,6 +244,17 @@ def test_an_unreadable_image_is_reported_with_what_works_in_this_command(name: s
     assert status == 1
     assert errors.startswith("moco: cannot read image a.jpg: the JPEG is truncated; ")
     assert fix in errors
+
+
+@pytest.mark.parametrize(
+    ("fails", "hint"), [(lambda config: read_bytes("gone.jpg"), False), (lambda config: int("one"), True)]
+)
+def test_a_traceback_is_offered_only_for_errors_that_moco_does_not_raise(
+    fails: Callable[[object], None], hint: bool, run: Run
+) -> None:
+    status, _, errors = run("knn", main=lambda: run_command("knn", KnnConfig, fails))
+    assert status == 1
+    assert ("MOCO_TRACEBACK" in errors) == hint
 
 
 def test_a_folder_of_runs_is_reported_with_the_runs_in_it(run: Run, tmp_path: Path) -> None:
