@@ -199,7 +199,8 @@ def resume(path: Path, network: nn.Module, optimizer: Optimizer) -> int:
     """Load the state of an interrupted training, if the file exists, and return its number of finished steps.
 
     Raises:
-        ConfigError: for a damaged file.
+        CheckpointError: if the file cannot be read.
+        ConfigError: if its content is not a state of this network and optimizer.
     """
     if not on_rank_zero(path.is_file):
         return 0

@@ -92,6 +92,7 @@ def read_encoder(
     Raises:
         FileNotFoundError: if the file does not exist.
         ForeignFileError, CheckpointError: if it cannot be read, has an unknown layout, or does not name its network.
+        ValueError: for an unknown backbone or option.
     """
     if not path.exists():
         raise FileNotFoundError(f"checkpoint={path} does not exist")

@@ -176,7 +176,10 @@ def _same_class(embeddings: Tensor, others: Tensor, offset: int, labels: Tensor 
     shapes = f"embeddings {tuple(embeddings.shape)} and others {tuple(others.shape)}"
     samples, total = embeddings.shape[1], others.shape[1]
     if not 0 <= offset <= total - samples:
-        raise ValueError(f"offset={offset} must be 0 ... {total - samples}: {shapes} must hold the same samples there")
+        raise ValueError(
+            f"offset={offset} must be 0 ... {total - samples}: the position in others of the first sample "
+            f"of embeddings ({shapes})"
+        )
     if len(others) * total < 2:
         raise ValueError(f"{shapes}: a single embedding has no candidates; pass a second view or sample")
     if labels is not None and mask is not None:

@@ -125,7 +125,7 @@ def _timm_model(name: str, options: Mapping[str, Any], group: str) -> nn.Module:
         file = f"model.safetensors of huggingface.co/{repo}" if repo else "the file"
         raise ValueError(
             f"{group}options={dict(options)}: the published weights of {group}backbone={name!r} cannot be loaded "
-            f"({cause(error).splitlines()[0]}); check the network, or download {file} on another machine and set "
+            f"({cause(error).splitlines()[0]}); check the connection, or download {file} on another machine and set "
             "pretrained=false and init_from=FILE"
         ) from error
     # In some models (MobileNetV3, VGG), a hidden layer of the head widens the features; timm's num_features ignores it.

@@ -87,7 +87,7 @@ def _check(dim: int, heads: int, img_size: int, patch_size: int, stem: str, free
         raise ValueError(f"model.options.stem={stem!r} must be 'patch' or 'conv'")
     if stem == "conv" and (patch_size != 16 or dim % 8 or freeze_patches):
         raise ValueError(
-            f"model.options.stem='conv' needs patch_size=16, freeze_patches=false and dim divisible by 8, but "
+            f"model.options.stem='conv' needs patch_size=16, freeze_patches=false or null, and dim divisible by 8, but "
             f"patch_size={patch_size}, freeze_patches={freeze_patches} and dim={dim}"
         )
 

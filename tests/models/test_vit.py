@@ -192,7 +192,7 @@ def test_images_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
         ({"patch_size": 0}, "patch_size=0 must divide"),
         ({"stem": "mlp"}, "stem='mlp' must be 'patch' or 'conv'"),
         ({"stem": "conv"}, "stem='conv'"),
-        ({"stem": "conv", "patch_size": 16, "freeze_patches": True}, "freeze_patches=True"),
+        ({"stem": "conv", "patch_size": 16, "freeze_patches": True}, "freeze_patches=false or null, and"),
         ({"width": 3}, "model.options="),
     ],
 )
