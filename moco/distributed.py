@@ -50,7 +50,7 @@ def is_rank_zero() -> bool:
 
 
 class PeerLost(ValueError):
-    """Another process of the run has exited; the message is one sentence."""
+    """Another process of the run has exited or does not respond; the message is one sentence."""
 
 
 # gloo's messages about a process that has exited; gloo has no class for this error, NCCL and the store have one.
@@ -62,7 +62,7 @@ def process_group(device: torch.device, timeout_minutes: float = 10.0) -> Iterat
     """Join the process group that torchrun configured in the environment, if any: NCCL on a GPU, gloo on a CPU.
 
     Raises:
-        PeerLost: instead of the backend's error if another process has exited.
+        PeerLost: instead of the backend's error, if another process exits or does not respond for `timeout_minutes`.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
@@ -72,8 +72,8 @@ def process_group(device: torch.device, timeout_minutes: float = 10.0) -> Iterat
         store, own_rank, size = next(rendezvous("env://", timeout=timeout))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
             # After a restart, torchrun's store still holds the addresses of the killed processes, so each attempt has a
-            # prefix of its own. Several nodes may count restarts differently: there, the scripts make torchrun's
-            # processes use a new store.
+            # prefix of its own. Several nodes may count restarts differently: for them, scripts/train_multi_node.sh
+            # makes the processes use a new store.
             store = PrefixStore(f"moco/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
@@ -193,7 +193,7 @@ class DelayedMaxOverRanks:
 
     With several ranks the result is one call late: each call starts a reduction and returns the result of the previous
     call, which has had a step's time to arrive. The result is the same on all ranks. One process gets its own number
-    immediately. The training step does not contain this reduction, so that it is only the algorithm of the paper.
+    immediately. The training step does not contain this reduction, so that the step is only the algorithm of the paper.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Self
 
 from moco.data.walk import IMAGE_ENDINGS, is_system_name
 
-# Reasons to skip files. Hidden files (.NAME), those of operating systems (see `moco.data.walk.SYSTEM_NAMES`) and
-# WebDataset's own (__NAME__) belong to no sample and are not counted.
+# Reasons to skip samples and images. Hidden files (.NAME), those of operating systems (see
+# `moco.data.walk.SYSTEM_NAMES`) and WebDataset's own (__NAME__) belong to no sample and are not counted.
 WITHOUT, FURTHER = "samples without an image", "further images of samples that have one"
 MAX_BYTES = 2**28  # the largest image in a shard: without a limit, a few compressed kB could fill the memory
 _MAX_HEADER = 2**20  # bytes of the largest extended header, such as a long name
@@ -64,7 +64,7 @@ def images_of(
     Args:
         stream: a file, pipe or connection with the archive, uncompressed or compressed by gzip, bzip2 or xz; it is
             read to its end.
-        skipped: counts the skipped files, by reason (`WITHOUT`, `FURTHER`).
+        skipped: counts what is skipped, by reason: samples (`WITHOUT`) and single images (`FURTHER`).
         endings: of the files that are images.
 
     Raises:

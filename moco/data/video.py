@@ -48,7 +48,7 @@ class VideoFile(NamedTuple):
 class VideoSource(Source):
     """Frames of video files, each decoded on request."""
 
-    files: FolderSource  # the videos; the labels of this source are not used
+    files: FolderSource  # the videos; `labels` below are those of the frames
     about: Sequence[VideoFile]  # (F,)
     rows: NDArray[np.void]  # (N,) of `ROW`
     labels: NDArray[np.int64] | None = None

@@ -239,7 +239,7 @@ def read_frame(path: str, stamp: tuple[int, int], pts: int, key: int, seek: int)
         pts, key, seek: see `FRAME_TIMES`.
 
     Raises:
-        ImageError: if the file has changed or is damaged.
+        ImageError: if the file is damaged, or no longer has a frame near the time `pts`.
     """
     wanted = (os.getpid(), path, stamp)  # a forked process shares the position in the file with its parent
     known, decoder = getattr(_kept, "decoder", (None, None))

@@ -57,8 +57,9 @@ STEPS: Registry[Step] = Registry("augment.steps", {})
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """The recipe of one view of an image. The defaults change only the size.
+    """The recipe of one view of an image.
 
+    The defaults resize the complete image, or the center of an image whose width / height is outside of `crop_ratio`.
     The images have as many channels as `mean` has numbers. Three channels are red, green and blue.
     """
 

@@ -46,12 +46,12 @@ class Tree:
 
 
 def walk(folder: str, endings: tuple[str, ...] = IMAGE_ENDINGS, table: str = "") -> Tree:
-    """Find all images below a folder: the files with one of the endings. Other files are counted; `table` is skipped.
+    """Find all images below a folder: the files with one of the endings. Other files are counted.
 
-    Links are followed, and each real folder counts once, so a link to a parent folder is harmless. Links are followed
-    after all folders, in the order of their names: a folder to which a link points keeps its own name, in whatever
-    order the file system lists both. A link with an image's name that cannot be followed (no target, a cycle, no
-    permission) counts as an image: it keeps its position and is unreadable.
+    The file with the path `table`, a table of labels, is skipped. Links are followed, and each real folder is listed
+    once, so a link to a parent folder is harmless. Links to folders are followed last, in the order of their names: a
+    folder is listed under its own path even if a link points to it. A link with an image's name that cannot be followed
+    (no target, a cycle, no permission) counts as an image: it keeps its position and is unreadable.
     """
     tree = Tree()
     table_folder, table_name = os.path.realpath(os.path.dirname(table)), os.path.basename(table)

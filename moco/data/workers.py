@@ -25,7 +25,7 @@ MOST_PROCESSES = 16  # by default; each holds batches in memory
 
 
 class LoaderError(ValueError):
-    """A loader process that died or cannot transfer its result; the message is one sentence."""
+    """A loader process that cannot start, died, or cannot transfer its result; the message is one sentence."""
 
 
 def start_worker(worker: int) -> None:

@@ -112,7 +112,7 @@ class BoxedImages:
 
 
 def split_of(images: Sequence[BoxedImage], classes: Sequence[str]) -> BoxedImages:
-    """Return images as one split, before any of them is removed."""
+    """Return images as one split; `dropped` is the sum over these images."""
     return BoxedImages(tuple(images), tuple(classes), sum(each.dropped for each in images))
 
 
@@ -133,7 +133,7 @@ def decode_mask(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]
 
 
 def check_images(images: BoxedImages, workers: int | None, heartbeat: Callable[[], None] = lambda: None) -> None:
-    """Read the headers of all images, so that none ends the training later.
+    """Read the headers of all images, to find unreadable files and wrong sizes before the training.
 
     Raises:
         ImageError: for the first image that cannot be used.

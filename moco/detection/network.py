@@ -34,7 +34,7 @@ from moco.models.modes import evaluating, set_training
 from moco.models.norm import GroupedBatchNorm, convert_batch_norm
 
 RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
-DIVISOR = 32  # of the padded size
+DIVISOR = 32  # the padded height and width are multiples of it
 SCORE = 0.05  # detections with a lower score are left out
 C4_SIZES = (32.0, 64.0, 128.0, 256.0, 512.0)
 C4_POOL = 14  # side to which a box on the map of the third stage is pooled
@@ -54,7 +54,7 @@ class DetectorSettings:
 class Padding(nn.Module):
     """Pads prepared images to one size; takes the place of torchvision's transform, which also resizes.
 
-    In training, the size is that of the largest image of the global batch: padding affects the results.
+    In training, all ranks pad to the largest height and width of the global batch: padding affects the results.
     """
 
     def forward(
@@ -274,7 +274,7 @@ def _c4(body: Stages, settings: DetectorSettings, classes: int, source: str) -> 
 
 
 def _retinanet(body: Stages, settings: DetectorSettings, classes: int) -> nn.Module:
-    """Build RetinaNet on all stages but the finest, with two coarser levels, as torchvision does."""
+    """Build RetinaNet with two coarser levels, as torchvision does; of three or more stages, the finest is unused."""
     channels, strides = shapes(body)
     first = 1 if len(strides) > 2 else 0
     channels, strides, width = channels[first:], strides[first:], settings.width

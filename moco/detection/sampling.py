@@ -64,7 +64,7 @@ class SharedStage(nn.Module):
 
     def __init__(self, stage: nn.Module) -> None:
         super().__init__()
-        self._stage = (stage,)  # in a tuple, so that its weights have one name
+        self._stage = (stage,)  # in a tuple, so that the state dict holds its weights only once
 
     def forward(self, maps: Tensor) -> Tensor:
         with untracked(self._stage[0], backward=True):

@@ -164,7 +164,7 @@ def _log_plan(run: Finetuning) -> Plan:
         log(f"batch_size={config.batch_size} is lowered to {plan.batch_size}: there are {images} labeled images")
     if plan.epochs > config.epochs:
         raised = f"epochs={config.epochs} is raised to {plan.epochs} to reach min_steps={config.min_steps}"
-        log(f"{raised}; a lower min_steps needs fewer")
+        log(f"{raised}; lower min_steps for fewer epochs")
     log(f"{plan.total_steps:,} steps: {plan.epochs} epochs of {plan.steps_per_epoch} with {plan.batch_size} images")
     return plan
 

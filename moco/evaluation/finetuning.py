@@ -49,8 +49,8 @@ class TrainSettings:
 def classifier(backbone: nn.Module, classes: int, bn: str, seed: int) -> nn.Sequential:
     """Build `backbone` followed by `head`, a new linear layer: weights N(0, 0.01²), bias 0; in training mode.
 
-    Everything is trained, including what pretraining kept fixed (MoCo v3's patch projection and positions), as its
-    authors do.
+    Everything is trained, including what pretraining kept fixed (MoCo v3's patch projection and positions), as the
+    authors of MoCo v3 do.
 
     Args:
         backbone: changed in place; its `num_features` is D.
@@ -176,7 +176,7 @@ def train_step(
     loss = loss_of(outputs.float())
     loss.backward()
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    # Both are averages over the ranks here, so all ranks decide the same.
+    # The loss is averaged here, and DDP has averaged the gradients over the ranks, so all ranks decide the same.
     value, norm = torch.stack([mean_over_ranks(loss.detach()), nn.utils.get_total_norm(gradients)]).tolist()
     if not (math.isfinite(value) and math.isfinite(norm)):
         raise NonFiniteLoss(f"loss {value:.4g}, gradient norm {norm:.4g}")

@@ -1,7 +1,8 @@
 """Weighted k-nearest-neighbor classification on frozen features (Wu et al., CVPR 2018, section 3.4).
 
-Queries and references are processed in chunks, so memory is bounded by the product of the chunk sizes. Each rank
-processes a part of the chunks of queries: every rank must call these functions, and gets all results.
+Queries and references are processed in chunks, so memory is bounded by the product of the chunk sizes. Except for
+`nearest`, the functions on features are collective: each rank processes a part of the chunks of queries, and all ranks
+get all results.
 
 Legend: M reference ("bank") features, Q queries, D dimension, L classes.
 """

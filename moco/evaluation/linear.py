@@ -173,7 +173,7 @@ def _official(task: Task[LinearConfig], name: str, encoder: Encoder) -> Probe:
 
 
 def _problem(encoder: str, lr: float, losses: Sequence[float], metrics: Metrics | AveragePrecision) -> str:
-    """Return a sentence if a head was not trained: its loss rose, or its accuracy is that of a guess; "" otherwise."""
+    """Return a sentence if training failed: the loss rose, or the accuracy is that of a guess; "" otherwise."""
     classes, first, last = len(metrics.per_class), losses[0], losses[-1]
     chance, loss_of_guess = 100 / classes, math.log(classes)
     found = ""
@@ -283,7 +283,7 @@ def changed_settings(config: LinearConfig) -> dict[str, Any]:
 
 
 def _file_name(task: Task[LinearConfig]) -> str:
-    """Return the name of the files, without extension; with the name of the data if it is not that of the run."""
+    """Return the name of the files, without extension; it includes the data's name if the run had other data."""
     data, recorded = task.data, task.subject.file.config.get("data", {})
     name = "linear" if task.config.protocol == "sweep" else f"linear_{task.config.protocol}"
     if task.config.output or not recorded:

@@ -21,10 +21,10 @@ Features = NDArray[Any]  # (M, D) of any float type, in memory or a memmap: read
 Rows = NDArray[np.int64]
 
 BLOCK = 4096  # B: a product has B x B numbers, 130 MB in double precision
-_STEPS = 2**23
+_STEPS = 2**23  # in a similarity of 1
 _ROW_BITS = 38  # a similarity in steps (25 bits with its sign) and a row share one int64
 _LAST_ROW = 2**_ROW_BITS - 1
-_NOTHING = -(2**62)
+_NOTHING = -(2**62)  # the key of an excluded row, below the keys of all others
 
 
 def _unit(rows: Features, device: torch.device | None) -> Tensor:
@@ -109,7 +109,7 @@ def rows_with_neighbor(
     Args:
         features, block, device: see `nearest`.
         threshold: cosine, above -1, at most 1.
-        progress: called with (pairs of blocks done, their number).
+        progress: called with (pairs of blocks done, number of pairs of blocks).
     """
     has_neighbor = torch.zeros(len(features), dtype=torch.bool, device=device)
     least, done, blocks = round(threshold * _STEPS), 0, -(-len(features) // block)
