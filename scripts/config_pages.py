@@ -217,6 +217,9 @@ def command_page(name: str, schema: type) -> Iterator[str]:
     chosen = [each for each in chosen if "hydra" not in each]
     if chosen:
         yield f"Default options: {', '.join(chosen)}.\n\n"
+    if name == "train":
+        yield "The recipe (`experiment=NAME`) replaces some of the defaults below, also the default recipe, `digits`. "
+        yield "`--cfg job` prints the values of a run.\n\n"
     yield from table(schema, values(path))
     if name in OPTIONS:
         yield from options(OPTIONS[name])
