@@ -1,6 +1,7 @@
 """Limits for files that others may have written: weights, metadata, configurations, indexes, results.
 
-Every function raises ValueError with the reason, for a sentence that begins with the file's name.
+Every function raises ValueError for a file that it refuses. The message is only the reason: the caller puts the name of
+the file before it.
 """
 
 import json
@@ -14,7 +15,7 @@ import yaml
 
 DEPTH = 50  # levels of nested dicts and lists
 _VALUES = 1_000_000  # in one file; a checkpoint of a ResNet-50 has about 2,000
-_YAML_BYTES = 1_000_000  # a config.yaml has about 4,000
+_YAML_BYTES = 1_000_000  # a config.yaml has about 3,000
 
 
 def refuse_special_file(path: Path) -> int:

@@ -106,8 +106,8 @@ def charts(
 ) -> tuple[list[Chart], dict[str, list[str]]]:
     """Return charts of metrics, the most important first, and phrases for metrics whose values are all equal.
 
-    The chart of a metric also shows its reference values; a metric that can have some is always drawn. The phrases are
-    grouped by why there is one value: "Constant", "Measured once" (in each run) or "Not measured".
+    The chart of a metric also shows its reference values; a metric that can have reference values is always drawn. The
+    phrases are grouped by the reason: "Constant", "Measured once" (in each run) or "Not measured".
 
     Args:
         runs: the metrics of each run.

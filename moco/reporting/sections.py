@@ -112,7 +112,7 @@ def _kind_of_accuracy(run: Run) -> str:
 
 
 def _kinds(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
-    """Return the kind of each run's accuracies by metric: the classifier, and the data if those of the runs differ."""
+    """Return the kind of each run's accuracies by metric: the classifier, and the data if they differ between runs."""
     data = [evaluated_on(run.get("data", {})) for run in runs]
     where = [f", on {each}" * (len(set(data)) > 1) for each in data]
     kinds = [_kind_of_accuracy(run).removeprefix("held-out kNN").removeprefix(_CROPS) for run in runs]

@@ -143,7 +143,7 @@ def find_nearest(config: SearchConfig, index: Embedding, device: torch.device) -
 
 
 def find_duplicates(config: SearchConfig, index: Embedding, device: torch.device) -> Result:
-    """Find groups of an image to keep and the images with a similarity of at least `threshold` to it."""
+    """Find groups. A group is an image to keep and the images whose similarity to it is at least `threshold`."""
     images, device = index.images, float64_device(device)
     with progress_bar("comparing images") as progress:
         near = rows_with_neighbor(images.features, config.threshold, device=device, progress=progress)
@@ -170,9 +170,10 @@ def find_duplicates(config: SearchConfig, index: Embedding, device: torch.device
             yield Section(f"{len(group)} images{more}", tiles)
 
     extra = sum(len(group) - 1 for group in groups)
+    advice = ", not counting those to keep: look at them before you remove any"
     summary = [
         ("groups", f"{len(groups):,}"),
-        ("beside those to keep", f"{extra:,} images" + ": look at them before you remove any" * bool(extra)),
+        ("duplicates", f"{extra:,} images" + (advice if extra else "")),
         ("by threshold", _by_threshold(config, images, device)),
     ]
     title = f"Near-duplicates (cosine similarity at least {config.threshold:g})"

@@ -189,7 +189,7 @@ def no_checkpoint_message(path: Path, field: str = "run") -> str:
 
 
 def _setting(field: str, run: Path) -> str:
-    return override(field, run if field == "run" else [run])  # the others are lists
+    return override(field, run if field == "run" else [run])  # other fields are lists
 
 
 def _is_usable(path: Path) -> bool:

@@ -1,6 +1,6 @@
 """Write and read the metrics of a run: metrics.jsonl, and the loggers that the field `logger` names.
 
-To add a logger: a class derived from `Logger`, and a line in `LOGGERS`.
+To add a logger, write a class derived from `Logger` and add a line to `LOGGERS`.
 """
 
 import json
@@ -189,7 +189,7 @@ def read_metrics(file: Path) -> Metrics:
 
 
 def _records(file: Path) -> Iterator[tuple[str, float, dict[str, Any]]]:
-    """Yield each line with its step and values; skip invalid lines, such as one that a kill cut in two."""
+    """Yield each line with its step and values; skip invalid lines, such as one that a killed run left incomplete."""
     for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
         try:
             record = json.loads(line)

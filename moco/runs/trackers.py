@@ -26,7 +26,7 @@ _PROJECT = "moco"  # unless an environment variable of the tracker names another
 _WAIT = 60.0  # seconds that the end of a run waits for a server
 # MLflow's limits in characters: for the value of a parameter, and for the name of a parameter, a metric or a run.
 _LONGEST_VALUE, _LONGEST_NAME = 6000, 250
-_IN_MLFLOW = {"%": "percent", ", ": " - "}  # what moco's names have and MLflow refuses
+_IN_MLFLOW = {"%": "percent", ", ": " - "}  # parts of moco's names that MLflow refuses, and their replacements
 
 
 class Wandb:

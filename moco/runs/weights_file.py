@@ -1,4 +1,4 @@
-"""Read a file of torch.save: tensors and plain values only, no code, in memory that the file's size bounds."""
+"""Read a file of torch.save: tensors and plain values only, no code. The size of the file limits the memory used."""
 
 import pickle
 import warnings
@@ -20,7 +20,7 @@ class CheckpointError(ValueError):
 
 
 class CodeRefused(CheckpointError):
-    """A file with other content than weights: torch refuses to unpickle it, e.g. code, or it is another archive."""
+    """A file that torch refuses to unpickle, for example because it holds code, or an archive of another kind."""
 
 
 class _Settings:
@@ -77,7 +77,7 @@ def _refuse_other_archive(path: Path, size: int) -> None:
 
 
 def _refuse_large_tensors(content: Any, size: int) -> None:
-    """Refuse tensors with more elements than the file holds: with stride 0, few bytes can have any shape.
+    """Refuse tensors with more elements than the file holds: with stride 0, a few bytes are enough for any shape.
 
     Whatever is computed from such a tensor, such as its digest, would take memory for the whole shape.
     """

@@ -65,7 +65,7 @@ class Display:
         _print_line(self.console, line)
 
     def step(self, step: int, values: Mapping[str, float] | None = None) -> None:
-        """Advance the bar to `step` finished steps; show the metrics of that step if they were read."""
+        """Advance the bar to `step` finished steps; show the metrics of that step if `values` are given."""
         if self._show_live and self._live is None:  # not before the first step, so that opening lines are above it
             self._live = Live(Group(self._progress, self._status), console=self.console, refresh_per_second=8)
             self._live.start()
@@ -84,7 +84,7 @@ class Display:
             self.log(f"epoch {epoch}/{epochs} step {step}/{self._total} · {line} · left {left}")
 
     def close(self) -> None:
-        """Remove the bar."""
+        """Stop the live display. Its last state stays on the terminal."""
         if self._live is not None:
             self._live.stop()
             self._live, self._show_live = None, False

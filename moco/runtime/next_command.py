@@ -59,7 +59,8 @@ def free_run(first: str) -> str:
 def named_images(name: str, root: str) -> dict[str, Any]:
     """Return the fields that name remote images again: a command downloads only what its own command line names.
 
-    A stream cannot be read image by image, so for a stream the fields name a folder instead.
+    A stream cannot be read image by image: the fields then name YOUR_IMAGES, a placeholder for a folder. {} for images
+    on this machine.
     """
     if name == "webdataset":
         return {"data.name": "folder", "data.root": "YOUR_IMAGES"}
@@ -78,7 +79,8 @@ def given_fields(data: DataConfig) -> dict[str, Any]:
 def stats_command(data: DataConfig) -> str:
     """Return the command that computes the mean and std of each channel.
 
-    moco.check_data does not read every kind of data set: for the others, the command names a folder to fill in.
+    moco.check_data does not read every kind of data set. For the others, the command names YOUR_IMAGES, a placeholder
+    for a folder.
     """
     if data.name not in (*FOLDERS, "imagenet"):
         data = DataConfig("folder", "YOUR_IMAGES", channels=data.channels, dtype=data.dtype)

@@ -1,9 +1,10 @@
-"""Sharding: FSDP2 of torch divides weights, momentum copies, gradients and optimizer state among the processes.
+"""Sharding: FSDP2 of torch divides weights, gradients and optimizer state among the processes.
 
 With DDP every process holds all of them. Here each process holds 1 / W of each tensor, divided along its first
-dimension (a DTensor). The weights of a block are gathered for its forward and its backward pass, and freed after it.
-The optimizer and the momentum update work on the shards. The queue, BN's running statistics and other buffers are not
-divided. Batches, shuffles and losses are those of DDP, so the mathematics is the same.
+dimension (a DTensor). This includes the momentum encoder. The weights of a block are gathered for its forward and its
+backward pass, and freed after each. The optimizer and the momentum update work on the shards. The queue, BN's running
+statistics and other buffers are not divided. Batches, shuffles and losses are those of DDP, so the mathematics is the
+same.
 
 Checkpoints hold whole tensors, gathered on rank 0, in the format of a run without sharding: a run can resume with
 another number of processes, and with or without sharding.
@@ -140,7 +141,7 @@ def _names(method: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
 
 
 def _renamed(state: Mapping[str, Any], names: Mapping[Any, Any]) -> State:
-    """Rename the parameters of an optimizer's state dict: torch's functions for shards use names, others numbers."""
+    """Rename the parameters of an optimizer's state dict: numbers to the names that torch's sharding uses, or back."""
     if not state:
         return {}
     groups = [{**group, "params": [names[each] for each in group["params"]]} for group in state["param_groups"]]

@@ -1,4 +1,4 @@
-"""The speed of training: images per second, the share of waiting for data, and peak memory."""
+"""The speed of training: images per second, the share of the time spent waiting for data, and peak memory."""
 
 import time
 

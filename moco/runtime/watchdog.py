@@ -2,7 +2,8 @@
 
 When one rank hangs, the others block in a collective and cannot tell which rank they are waiting for. Therefore each
 rank publishes a heartbeat, the number of its steps, whether it makes progress and, after a long wait, the line of code
-that it is at. Two threads do this; a training step costs two assignments, and the device is not synchronized.
+that it is at. Two threads do this. A training step only makes two assignments for them and does not wait for the
+device.
 """
 
 import json
@@ -29,7 +30,7 @@ HUNG = os.EX_UNAVAILABLE  # 69
 LONGEST_WAIT = 60.0 * 24 * 365  # minutes that a process group waits with hang_after=0
 
 _PACKAGE = Path(__file__).parents[1]
-_CHECKS = 12  # checks, and heartbeats, within the time limit
+_CHECKS = 12  # fewest checks, and fewest heartbeats, within the time limit
 _MISSED = 4  # heartbeats that a rank may miss before it counts as silent
 
 

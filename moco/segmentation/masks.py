@@ -88,9 +88,8 @@ class MaskedImages:
             sizes = [" x ".join(map(str, each)) for each in (size, values.shape[::-1])]
             raise ImageError(f"the image {path} has {sizes[0]} pixels and its mask {mask_path} {sizes[1]}: correct one")
         if orientation in range(2, 9):  # other values, such as 0, mean upright
-            raise ImageError(
-                f"{path} is stored rotated, and its mask may not be: rotate its pixels and remove the EXIF tag"
-            )
+            fix = "rotate the pixels of the image, and remove its EXIF tag"
+            raise ImageError(f"{path} is stored rotated, and its mask may not be: {fix}")
         return classes.astype(np.uint8)
 
 
@@ -200,7 +199,7 @@ def _voc(root: Path, split: str) -> list[tuple[str, str]]:
     base = next((each for each in places if (each / "ImageSets" / "Segmentation").is_dir()), None)
     if base is None:
         problem = "there is no ImageSets/Segmentation in it, in its VOC2012 or in its VOCdevkit/VOC2012"
-        raise ConfigError(f"masks.root={root}: {problem}: name the folder VOCdevkit")
+        raise ConfigError(f"masks.root={root}: {problem}: set masks.root to the folder VOCdevkit")
     names = _lines(base / "ImageSets" / "Segmentation" / f"{split}.txt", split)
     larger = base / "SegmentationClassAug"  # of Hariharan et al. (2011), for trainaug
     masks = larger if larger.is_dir() else base / "SegmentationClass"
@@ -233,7 +232,7 @@ def _existing(pairs: list[tuple[str, str]], split: str) -> list[tuple[str, str]]
 
 def _read_mask(path: str) -> NDArray[np.uint8]:
     """Return the values of a mask file, (H, W); those of an image with a palette are its indices."""
-    numbers = "the pixels of a mask are numbers of classes: a PNG with a palette or with gray values"
+    fix = "save it as a PNG with a palette or gray values, in which the value of a pixel is the number of its class"
     try:
         content = read_bytes(path)
     except ImageError as error:
@@ -241,10 +240,10 @@ def _read_mask(path: str) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             if image.format == "JPEG":
-                raise ImageError(f"the mask {path} is a JPEG, which changes the values of pixels; {numbers}")
+                raise ImageError(f"the mask {path} is a JPEG, which changes the values of pixels: {fix}")
             if image.mode not in ("P", "L", "1", "I", "I;16"):
                 kind = {"F": "fractions", "LA": "transparency"}.get(image.mode, "colors")
-                raise ImageError(f"the mask {path} holds {kind} (mode {image.mode}); {numbers}")
+                raise ImageError(f"the mask {path} holds {kind} (mode {image.mode}): {fix}")
             values = np.array(image)
     except ImageError:
         raise

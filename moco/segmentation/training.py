@@ -35,7 +35,7 @@ class TrainSettings:
 
     crops: CropSettings
     schedule: Schedule
-    precision: torch.dtype = torch.float32  # of autocast; float32 is no autocast
+    precision: torch.dtype = torch.float32  # of autocast; no autocast with float32
     workers: int | None = 0  # loader processes
 
 

@@ -125,24 +125,24 @@ def _fits(module: nn.Module, weights: State) -> bool:
 
 @torch.no_grad()
 def _refuse_other_features(config: TrainConfig, file: EncoderFile, backbone: nn.Module) -> None:
-    """Refuse a file whose network computes other features with the same weights, such as with other attention heads."""
+    """Refuse a file whose network computes other features with the same weights, e.g. with more attention heads."""
     size, device = config.augment.size, next(backbone.parameters()).device
-    theirs_see, ours_see = file.channels, input_channels(backbone)
-    shown = theirs_see if theirs_see == ours_see else 1  # 1: gray images, with equal values in all channels
+    their_channels, our_channels = file.channels, input_channels(backbone)
+    shown = their_channels if their_channels == our_channels else 1  # 1: gray images, with equal values in all channels
     images = torch.arange(2 * shown * size**2, dtype=torch.float32, device=device).sin().view(2, shown, size, size)
     training = backbone.training
     try:
         theirs: Tensor = (
             build(fit_to_size(file, size, "augment.size"))
             .get_submodule("backbone")
-            .to(device)(images.expand(-1, theirs_see, -1, -1))
+            .to(device)(images.expand(-1, their_channels, -1, -1))
         )
-        ours: Tensor = backbone.eval()(images.expand(-1, ours_see, -1, -1))
+        ours: Tensor = backbone.eval()(images.expand(-1, our_channels, -1, -1))
     finally:
         backbone.train(training)
     if theirs.shape != ours.shape or not bool((theirs - ours).abs().max() <= 1e-4 * theirs.abs().max()):
         raise ConfigError(
             f"init_from={config.init_from} is a {file.backbone} with options={file.options}. With the same weights, "
             f"model.backbone={config.model.backbone} with model.options={config.model.options} computes other "
-            "features: set both as in the file"
+            "features: set model.backbone and model.options as in the file"
         )

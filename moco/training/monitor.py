@@ -31,8 +31,8 @@ class Monitor:
     one collective.
 
     Args:
-        labels: the class of each image of the data set, (images,), -1 if unlabeled; None without labels. On the
-            `float64_device` of the method, as all measures but the losses.
+        labels: the class of each image of the data set, (images,), -1 if unlabeled; None without labels. It lies on
+            the `float64_device` of the method, where all measures except the losses are computed.
         keys_per_step: number of keys that a step enqueues, from all ranks and directions.
         shuffled: whether the step shuffles its keys between BN groups.
         precision: data type of autocast.
@@ -60,11 +60,11 @@ class Monitor:
     def __call__(self, output: Output, views: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
         """Return measures of shape (), float32; nan if there is nothing to measure yet, or nothing finite."""
         queue, temperature = self._method.queue, self._temperature()
-        host = float64_device(index.device)
+        device = float64_device(index.device)
         both = gather(torch.cat([output.query, output.key], dim=1))  # (W N, 2 C), one collective
-        query, key = both.to(host).chunk(2, dim=1)
-        samples = gather(index).to(host)  # (W N,)
-        measured = queue if queue is None or host == index.device else copy.deepcopy(queue).to(host)
+        query, key = both.to(device).chunk(2, dim=1)
+        samples = gather(index).to(device)  # (W N,)
+        measured = queue if queue is None or device == index.device else copy.deepcopy(queue).to(device)
         bank = key if measured is None else _newest(measured)
         if len(bank) < len(key):
             bank = key
@@ -95,7 +95,7 @@ class Monitor:
     ) -> dict[str, Tensor]:
         """Compare the batch with the keys in the queue."""
         some = slice(QUERIES)
-        allowed = queue.negatives(index[some])  # (16, K) or (1, K)
+        allowed = queue.negatives(index[some])  # (16, K) or (1, K), or None: all
         logits = info_nce_logits(query[some], key[some], queue.keys, temperature, allowed)  # (16, 1 + K)
         self.histograms["negatives"] = analysis.similarity_histogram(logits[:, 1:] * temperature)
         ages = analysis.key_ages(queue.count, queue.size, self._keys_per_step).float()

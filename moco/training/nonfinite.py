@@ -6,9 +6,9 @@ r had the r-th of "world_size" equal parts), "rank" (0, which wrote the file), a
 a function of the seed, the epoch and the images (with data.weights, the samples of `Plan.samples`), so the step can be
 reproduced.
 
-If no steps may be skipped, the host does not wait for a GPU: it reads the loss of a step after it has queued the next
-one, and before anything is saved. A non-finite step has then already changed the weights; no checkpoint contains them,
-and the run ends.
+If no steps may be skipped, the host does not wait for a GPU, except in fp16: it reads the loss of a step after it has
+queued the next one, and before anything is saved. A non-finite step has then already changed the weights; no checkpoint
+contains them, and the run ends.
 """
 
 import math

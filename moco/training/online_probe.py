@@ -30,7 +30,7 @@ class OnlineProbe:
         backbone: of the encoder, images to features (N, D), with the attribute `num_features` = D.
         labels: the class of each training image, (images,), negative if unlabeled: such an image is not used.
         classes: their number.
-        device: of the classifier; it needs float64.
+        device: of the classifier; it must support float64.
     """
 
     def __init__(self, backbone: nn.Module, labels: NDArray[np.int64], classes: int, device: torch.device) -> None:
@@ -62,7 +62,7 @@ class OnlineProbe:
             accumulate: number of micro-batches.
 
         Returns:
-            "probe_loss" and "probe_accuracy" before the update, shape ().
+            "probe_loss" and "probe_accuracy" (0 ... 1) before the update, shape ().
         """
         seen, self._seen = self._seen, []
         images = _image_indices(seen, index.to(self._labels.device).chunk(accumulate))  # (V n,)

@@ -33,7 +33,7 @@ class StepSettings:
     # Check the loss and the gradient before the step changes anything: the host then waits for the device. If False,
     # the caller must check them later (`moco.training.nonfinite`). fp16 is always checked.
     check_finite: bool = True
-    graph: StepGraph | None = None  # repeats the forward and backward passes; None: the host launches each kernel
+    graph: StepGraph | None = None  # replays the forward and backward passes; None: the host launches each kernel
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """Return the context in which the networks compute."""
@@ -61,8 +61,9 @@ def train_step(
             weights and the queue change.
 
     Raises:
-        NonFiniteLoss: with `settings.check_finite`, on all ranks, if loss or gradient is not finite on any of them;
-            weights, statistics and queue are unchanged.
+        NonFiniteLoss: with `settings.check_finite` or in fp16, on all ranks, if loss or gradient is not finite on any
+            rank; weights, statistics and queue are unchanged. A gradient that overflows in fp16 raises no error, see
+            `_check_finite`.
     """
     statistics = _copy_statistics(forward) if settings.check_finite or scaler.is_enabled() else None
     for group in optimizer.param_groups:

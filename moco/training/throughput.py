@@ -32,9 +32,9 @@ def encoder_flops(encoder: nn.Module, images: int, size: int) -> tuple[int, int]
     counted, so nothing is computed.
 
     Args:
-        encoder: images to embeddings (N, C).
-        images: N, a multiple of the size of its BN groups.
-        size: S.
+        encoder: images (N, channels, S, S) to embeddings (N, C).
+        images: N, a multiple of the size of the encoder's BN groups.
+        size: S, the side of an image in pixels.
     """
     shadow = copy.deepcopy(encoder).to("meta").train()
     with FlopCounterMode(display=False) as counter:
@@ -47,7 +47,7 @@ def encoder_flops(encoder: nn.Module, images: int, size: int) -> tuple[int, int]
 def step_flops(method: Any, images: int, size: int, views: int, small: tuple[int, int] = (0, 0)) -> int:
     """Count the floating point operations of the encoders per sample of the batch; see `encoder_flops`.
 
-    Without a momentum encoder, all V views go through the encoder. `small` are number and size of the small views.
+    Without a momentum encoder, all V views go through the encoder. `small` is (number of small views, their size).
     """
     forward, both = encoder_flops(method.encoder, images, size)
     if getattr(method, "momentum_encoder", None) is None:
@@ -128,11 +128,11 @@ class Throughput:
         if not self._records:
             return ""
         names = self._records[0]
-        middle = {name.removeprefix("speed/"): median(each[name] for each in self._records) for name in names}
-        mfu = f", MFU {100 * middle['mfu']:.0f} % of {self._peak / 1e9:,.0f} GFLOP/s measured" if self._flops else ""
+        medians = {name.removeprefix("speed/"): median(each[name] for each in self._records) for name in names}
+        mfu = f", MFU {100 * medians['mfu']:.0f} % of {self._peak / 1e9:,.0f} GFLOP/s measured" if self._flops else ""
         kind = "process" if self._device.type == "cpu" else "GPU"
         return (
-            f"{middle['images_per_second']:,.0f} images/s, data wait {100 * middle['data_wait']:.0f} %{mfu}, "
+            f"{medians['images_per_second']:,.0f} images/s, data wait {100 * medians['data_wait']:.0f} %{mfu}, "
             f"peak memory {peak_memory(self._device) / 2**30:.1f} GiB ({kind})"
         )
 

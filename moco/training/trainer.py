@@ -254,7 +254,7 @@ class Trainer:
         return measures | (self.live.probe.step(batch.index, config.accumulate) if self.live.probe else {})
 
     def _finish_step(self, done: int) -> None:
-        """Evaluate, save and stop if it is time, after `done` steps."""
+        """Evaluate, save and stop after `done` steps, each only if it is due."""
         self.watchdog.finished(done)
         if self.profile is not None:
             self.profile.step()
@@ -276,7 +276,7 @@ class Trainer:
     # ---- checkpoints
 
     def _save_if_due(self, done: int) -> bool:
-        """Save after the last step, after the best evaluation so far, and at the intervals of `config.checkpoint`."""
+        """Save after the last step, at the intervals of `config.checkpoint`, and with `keep_best` after a new best."""
         best = self._is_best(done)
         due = done == self.plan.total_steps or best or self.schedule.is_due(done)
         if not due and done % min(self.config.log_every, 10) == 0:  # not after each step, because all ranks wait
