@@ -117,7 +117,7 @@ def class_line(source: Source) -> str:
 
 
 def left_out_line(counts: Mapping[str, int]) -> str:
-    """Return, as one line, how many files are left out because of their names, or as they are not regular files."""
+    """Return, as one line, how many files are left out because of their names or their type."""
     ordered = sorted(counts.items(), key=lambda each: (-each[1], each[0]))
     named = [f"{count:,} {kind}" for kind, count in ordered]
     convert = sorted(counts.keys() & OTHER_IMAGE_ENDINGS)

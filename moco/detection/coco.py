@@ -29,13 +29,13 @@ def read_coco(
         path: the json.
         root: the folder below which the images are.
         masks: whether every object needs a mask.
-        drop: leave out boxes that have no area or reach outside their image, instead of refusing them.
+        drop: leave out boxes that cannot be used (see `BoxCheck.clipped`), instead of refusing them.
         classes: the classes of the training split, in the order of their numbers; empty: those of this file.
         field: the field that names the file, for errors.
 
     Raises:
-        ConfigError: for a file that cannot be read or is incomplete, an id that is used twice or unknown, a box that
-            has no area or reaches outside its image, or a missing mask.
+        ConfigError: for a file that cannot be read or is incomplete, an id that is used twice or unknown, a missing
+            mask, or, without `drop`, a box that cannot be used.
     """
     file = f"{field}={path}" if field else str(path)
     content = _load(path, file)

@@ -95,7 +95,7 @@ class Detected:
 def evaluate_detect(config: DetectConfig, preemption: PreemptionHandler | None = None) -> list[Detected]:
     """Train and evaluate a detector on each configured encoder with each seed; the same result on every rank.
 
-    Without a handler, signals are caught from here on.
+    If `preemption` is None, this function catches the signals itself.
 
     Raises:
         ConfigError, ImageError, FileNotFoundError, ValueError: for an unsuitable encoder or data set.

@@ -28,13 +28,12 @@ def read_voc(root: Path, splits: Sequence[str], classes: Sequence[str], drop: bo
         root: VOCdevkit, the folder above it, or one with JPEGImages.
         splits: YEAR/NAME, or NAME for a root with JPEGImages.
         classes: their names, in the order of their numbers.
-        drop: leave out boxes that have no area or reach outside their image, instead of refusing them.
+        drop: leave out boxes that cannot be used (see `BoxCheck.clipped`), instead of refusing them.
         training: whether the splits are for training. Then difficult objects are used, as in Detectron2; else they are
             marked as ignored.
 
     Raises:
-        ConfigError: for missing or damaged files, an unknown class, or a box that has no area or reaches outside its
-            image.
+        ConfigError: for missing or damaged files, an unknown class, or, without `drop`, a box that cannot be used.
     """
     images, check = list[BoxedImage](), BoxCheck()
     for split in splits:

@@ -69,8 +69,8 @@ class Finetuning:
 def evaluate_finetune(config: FinetuneConfig, preemption: PreemptionHandler | None = None) -> list[Result]:
     """Fine-tune each configured encoder end to end with each seed, and evaluate it on the held-out split.
 
-    Returns a result per encoder, the same on every rank. Without a handler, signals are caught from here on. Errors:
-    see `open_task`; `Preempted` if a signal or `config.stop_after` stopped it before its end.
+    Returns a result per encoder, the same on every rank. If `preemption` is None, this function catches the signals
+    itself. Errors: see `open_task`; `Preempted` if a signal or `config.stop_after` stopped it before its end.
     """
     with supervised(config, preemption) as supervision, ExitStack() as stack:
         with supervision.watchdog.paused():  # images may be downloaded
@@ -273,7 +273,7 @@ def _save(task: Task[FinetuneConfig], network: nn.Sequential, folder: Path, step
 
 
 def protocol(config: FinetuneConfig) -> tuple[str, str]:
-    """Describe the selection of labels: as text for results.json (fixed wording), and for the name of a folder."""
+    """Describe the selection of labels: as text for results.json, which must not change, and for a folder's name."""
     if fraction := fraction_of(config):
         text, short = f"{100 * fraction:g} % of labels", f"{100 * fraction:g}percent"
     elif config.labels_per_class:
