@@ -218,7 +218,7 @@ def command_page(name: str, schema: type) -> Iterator[str]:
     if chosen:
         yield f"Default options: {', '.join(chosen)}.\n\n"
     if name == "train":
-        yield "The recipe (`experiment=NAME`) replaces some of the defaults below, also the default recipe, `digits`. "
+        yield "A recipe replaces some of the defaults below: `experiment=NAME`, or else `digits`. "
         yield "`--cfg job` prints the values of a run.\n\n"
     yield from table(schema, values(path))
     if name in OPTIONS:
