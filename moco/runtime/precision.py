@@ -10,7 +10,7 @@ from torch import Tensor, nn
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIN_SPEEDUP = 1.2  # of bfloat16 over float32: a gain within the noise of the measurement does not justify more rounding
 ROUNDS = 5  # measured rounds, after one to warm up
-PIXELS = 4 * 224**2  # pixels of the images in one measured pass
+PIXELS = 4 * 224**2  # limit for one measured pass, which has at most 32 images and at least one
 
 
 def pick_precision(

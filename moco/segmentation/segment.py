@@ -237,7 +237,7 @@ def _save(run: Segmentation, name: str, network: SegmentationNetwork, folder: Pa
 
 
 def _settings(config: SegmentConfig) -> dict[str, Any]:
-    """Return the settings without the fields of the encoder, the data and their preparation."""
+    """Return the settings without those of the encoder, the data and the normalization."""
     return {name: value for name, value in own_settings(config).items() if name not in ("masks", "mean", "std")}
 
 

@@ -13,7 +13,7 @@ class CheckpointSchedule:
         self._began = self._saved = time.monotonic()
 
     def seconds(self) -> float:
-        """Return the training time so far."""
+        """Return the training time so far in seconds, with that of earlier attempts."""
         return self._earlier + time.monotonic() - self._began
 
     def keeps(self, done: int) -> bool:

@@ -30,7 +30,7 @@ Identity = dict[str, Any]
 
 
 def identity(source: Source) -> Identity:
-    """Identify the images of a source: {"length": N, "sha256": of their names (and size, if they are in memory)}."""
+    """Identify the images of a source: {"length": N, "sha256": of the names, and of the size of images in memory}."""
     return {"length": len(source), "sha256": names_digest(source, with_size=True)}
 
 

@@ -113,7 +113,8 @@ class OnlineProbe:
 def _image_indices(seen: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
     """Return the image index of each row of the features, in the order of the forward passes.
 
-    The passes of a micro-batch follow each other; a pass holds its images once, or once per view.
+    The passes of a micro-batch follow each other; a pass holds the images of its micro-batch once, or once
+    per view.
     """
     passes = len(seen) // len(parts)  # per micro-batch
     each = [parts[number // passes].repeat(len(x) // len(parts[0])) for number, x in enumerate(seen)]
