@@ -77,7 +77,7 @@ def pretrain(config: TrainConfig | Sequence[str] = ()) -> Path:
     Raises:
         ConfigError: for an invalid configuration.
         FileNotFoundError: if the data set does not exist.
-        Preempted: if a signal or `stop_after` stopped the run before its end. Its state is saved.
+        Preempted: if a signal or `stop_after` stopped the run before its end. The same call resumes it.
     """
     config = config if isinstance(config, TrainConfig) else train_config(config)
     train(config)

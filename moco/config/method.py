@@ -28,7 +28,7 @@ class MethodConfig:
     temperature_period: float = bounded(200.0, gt=0)
     """Epochs per oscillation of temperature_schedule=cosine."""
 
-    # Properties of the method. A subclass overrides them: with a field if users can set it, else a constant.
+    # Properties of the method. A subclass overrides one with a field if users can set it, otherwise with a constant.
     has_momentum_encoder = False
     has_predictor = False
     can_learn_temperature = True

@@ -337,7 +337,7 @@ def bn_sync_fields(config: TrainConfig, processes: int) -> str:
 
 
 def _check_batch(config: TrainConfig, processes: int) -> None:
-    """Check that the batch divides over processes, micro-batches and BN groups. Errors advise values that pass."""
+    """Check that the batch divides over processes, micro-batches and BN groups. Each error names values that pass."""
     model, parts = config.model, processes * config.accumulate
     micro_batch, rest = divmod(config.batch_size, parts)
     smaller = 0 if rest else _largest_divisor(micro_batch, model.bn_group_size)
@@ -363,7 +363,7 @@ def _check_batch(config: TrainConfig, processes: int) -> None:
 
 
 def _check_groups(config: TrainConfig, processes: int, smaller: int) -> None:
-    """Check that BN groups divide a micro-batch; `smaller` is a smaller size of groups that do, or 0."""
+    """Check that the size of BN groups divides a micro-batch. `smaller` is a smaller one that does, or 0."""
     parts, group = processes * config.accumulate, config.model.bn_group_size
     micro_batch = config.batch_size // parts
     fixes = [f"batch_size={_nearest_batch(config, parts)}"]

@@ -71,7 +71,7 @@ class Findings:
             self.formats[facts.format] += 1
 
     def note(self, kind: str, path: str, reason: str) -> None:
-        """Count a file with a fault or oddity, `kind`, and list it if fewer than `listed` are."""
+        """Count a file with a fault or oddity, `kind`, and list it unless `listed` files of this kind are listed."""
         self.counts[kind] += 1
         named = self.files.setdefault(kind, [])
         if len(named) < self.listed:

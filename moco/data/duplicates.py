@@ -78,7 +78,7 @@ def copies_message(count: int, held_out: int) -> str:
 
 
 def _groups(sources: Sequence[Source], fingerprints: Rows, progress: Progress | None) -> Rows:
-    """Return for each row, over all sources in their order, the first row with the same content."""
+    """Return for each image the first one with the same content, as rows (N,) over all sources in their order."""
     _, inverse, counts = np.unique(fingerprints, return_inverse=True, return_counts=True)
     rows: list[int] = np.flatnonzero(counts[inverse] > 1)[rank() :: world_size()].tolist()
     starts = np.cumsum([0, *map(len, sources)])
