@@ -51,8 +51,8 @@ class SourceConfig:
     set; for `webdataset` 16."""
     channels: int = bounded(3, ge=1, le=4096)
     """Channels of each image. 3: red, green and blue; 1: gray (with dtype=uint8, color is converted); other numbers:
-    the bands of TIFF, NPY and NPZ files, for `folder`, `shards`, `huggingface` and `webdataset`. Set augment.mean and
-    augment.std, one number per channel, to those that moco.check_data stats=true computes."""
+    the bands of TIFF, NPY and NPZ files, for `folder`, `shards`, `huggingface` and `webdataset`. In moco.train, set
+    augment.mean and augment.std, one number per channel, to those that moco.check_data stats=true computes."""
     dtype: str = bounded("uint8", choices=("uint8", "uint16", "float32"))
     """Type of the pixels, in the files and on their way to the device: uint8 (0 ... 255; gray and color files of 16
     bits are converted), uint16 (0 ... 65535), or float32 (any range; files of other types are converted unscaled).
