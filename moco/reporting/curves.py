@@ -51,9 +51,7 @@ _RETRIEVAL_BASELINES = ("retrieval/raw_pixels", "retrieval/untrained", "retrieva
 _KNOWN = {
     "accuracy/knn": _Known("Held-out kNN accuracy", "%", references=_BASELINES),
     "accuracy/probe": _Known("Held-out accuracy of the online linear probe", "%"),
-    "retrieval/retrieval": _Known(
-        "Crops that find the other crop of their image", "%", references=_RETRIEVAL_BASELINES
-    ),
+    "retrieval/retrieval": _Known("Two crops of an image find each other", "%", references=_RETRIEVAL_BASELINES),
     "train/loss": _Known("Loss", "nats", references=("train/chance",)),
     "train/contrast_accuracy": _Known("Contrast accuracy: the positive has the highest similarity", "%", 100.0),
     "train/probe_accuracy": _Known("Training accuracy of the online linear probe", "%", 100.0),

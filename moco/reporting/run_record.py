@@ -86,7 +86,8 @@ class Run:
     def next_commands(self) -> list[str]:
         """Return the commands that evaluate or use its encoder."""
         data = (self.get("data.name", ""), self.get("data.root", ""))
-        return next_commands(str(self.path), *data, self.labeled, self.get("data.on_bad_image", "raise"), self.given)
+        on_bad_image, step = self.get("data.on_bad_image", "raise"), self.state.get("step")
+        return next_commands(str(self.path), *data, self.labeled, on_bad_image, self.given, step)
 
 
 _LABELED = {"digits", "cifar10", "cifar100", "stl10", "imagenet"}  # data sets with labels and held-out images

@@ -30,14 +30,14 @@ _FOLDED = {"train": "Training", "analysis": "Measures of the representation", "s
 _BASELINES = {"raw pixels": "raw_pixels", "untrained": "untrained"}  # names of results before the first step
 _PNG, _MOST_BYTES = b"\x89PNG\r\n\x1a\n", 5_000_000  # of an image of predictions
 _CROPS = "two crops of an image find each other"  # how the title of instance retrieval begins
-_ACCURACIES = ("raw pixels", "untrained", "initialized", "best", "last", "online probe")  # rows of the overview
+_ACCURACIES = ("raw pixels", "untrained", "initialized", "best", "last", "online probe")  # rows of the overview, also of retrievals
 
 
 def headline(runs: Sequence[Run], alarms: Sequence[Sequence[Alarm]]) -> Markup:
     """Return a table of main settings and results."""
     by_run = [_main_facts(run, found) for run, found in zip(runs, alarms, strict=True)]
     rows = [(name, [each[name] for each in by_run]) for name in by_run[0]]
-    known = [(name, values) for name, values in rows if set(values) - {"–", "none measured"}]
+    known = [(name, values) for name, values in rows if set(values) != {"–"}]
     return facts("Settings and results", known, names(runs))
 
 
@@ -61,7 +61,11 @@ def _main_facts(run: Run, alarms: Sequence[Alarm]) -> dict[str, str]:
     options = ", ".join(f"{name} {value}" for name, value in run.get("model.options", {}).items())
     folder = f" {folders(run.get('data.root'), run.get('data.more_roots'))}" if data in FOLDERS else ""
     per = f" at batch {optim['base_batch']}" if optim.get("base_batch") else ""
-    accuracy = _accuracy(run)
+    measured = {}
+    for name in ("accuracy", "retrieval"):
+        found = _accuracy(run) if _retrieval(run) == (name == "retrieval") else {}
+        measured[f"kind of {name}"] = _kind_of_accuracy(run) if found else "–"
+        measured |= {f"{name}, {kind}": found.get(kind, "–") for kind in _ACCURACIES}
     return {
         "state": progress(run),
         "method": ", ".join(settings),
@@ -70,14 +74,13 @@ def _main_facts(run: Run, alarms: Sequence[Alarm]) -> dict[str, str]:
         "batch": str(run.get("batch_size", "?")),
         "optimizer": f"{optim.get('name', '?')}, lr {optim.get('lr', '?')}{per}, {optim.get('schedule', '?')}",
         "training time": duration(run.state["seconds"]) if "seconds" in run.state else "–",
-        "kind of accuracy": _kind_of_accuracy(run) if accuracy else "none measured",
-        **{f"accuracy, {name}": accuracy.get(name, "–") for name in _ACCURACIES},
+        **measured,
         "doctor": f"{len(alarms)} finding{'s' * (len(alarms) != 1)}" if alarms else "no findings",
     }
 
 
 def _accuracy(run: Run) -> dict[str, str]:
-    """Return the accuracies during training as text, by the names in `_ACCURACIES`.
+    """Return the accuracies or retrievals during training as text, by the names in `_ACCURACIES`.
 
     They come from the checkpoint, or else from metrics.jsonl.
     """
@@ -170,8 +173,8 @@ def evaluations(run: Run, figures: Figures) -> Markup:
     found = placed(run.results)
     if not found:
         if not run.labeled:
-            none = "None, and no labeled held-out images are known. To look at the encoder:"
-            return part("paragraph", f"{none} {run.next_commands()[0]}")
+            none = "None, and no labeled held-out images are known."
+            return part("paragraph", " To look at the encoder: ".join([none, *run.next_commands()[:1]]))
         return part("paragraph", f"None yet. To evaluate: {run.next_commands()[0]} 'compare=[untrained,pixels]'")
     rows, more = [], []
     for entry, name, data, encoder in found:

@@ -32,12 +32,12 @@ from moco.evaluation.features import stream
 from moco.files import write_json
 from moco.interop.encoder_file import EncoderFile, ForeignFileError, build
 from moco.plugins import recorded
-from moco.retrieval.store import FEATURES, PARTIAL, PROGRESS, About, Embedding, begin, finish, open_embedding, origin_of
+from moco.retrieval.store import PARTIAL, PROGRESS, About, Embedding, begin, finish, open_embedding, origin_of
 from moco.retrieval.table import check_table
 from moco.runtime.console import log_next, progress_bar, summary_panel
 from moco.runtime.device import compute_context
 from moco.runtime.next_command import command, named_images
-from moco.runtime.output_directory import lock_directory
+from moco.runtime.output_directory import FEATURES, lock_directory
 
 
 def embed(config: EmbedConfig) -> None:

@@ -21,9 +21,10 @@ from moco.data.sources import Source, folders
 from moco.files import reserve, write_csv, write_json
 from moco.reporting.gallery import ImageSet
 from moco.retrieval.table import write_table
+from moco.runtime.output_directory import ABOUT, FEATURES
 from moco.untrusted import read_json
 
-FEATURES, PARTIAL, PROGRESS, ABOUT = "features.npy", "features.part.npy", "progress.json", "features.json"
+PARTIAL, PROGRESS = "features.part.npy", "progress.json"
 _SELECTED = "features.tmp.npy"  # the readable rows of PARTIAL
 _ROWS_AT_ONCE = 65_536  # rows of features in memory
 

@@ -10,6 +10,8 @@ from moco import plugins
 from moco.config.data import FOLDERS, DataConfig, is_remote
 from moco.config.quoting import override
 from moco.config.subject import EncoderConfig, SubjectConfig
+from moco.runtime.output_directory import ABOUT, FEATURES
+from moco.untrusted import read_json
 
 
 def command(module: str, config: EncoderConfig, **changes: Any) -> str:
@@ -27,9 +29,15 @@ def command(module: str, config: EncoderConfig, **changes: Any) -> str:
 
 
 def next_commands(
-    run: str, name: str, root: str, labeled: bool, on_bad_image: str = "raise", given: Mapping[str, Any] | None = None
+    run: str,
+    name: str,
+    root: str,
+    labeled: bool,
+    on_bad_image: str = "raise",
+    given: Mapping[str, Any] | None = None,
+    step: int | None = None,
 ) -> list[str]:
-    """Return the commands that evaluate or use the encoder of a finished run.
+    """Return the commands that evaluate or use the encoder of a finished run; none whose output is there already.
 
     Args:
         run: its directory.
@@ -37,6 +45,7 @@ def next_commands(
         labeled: whether its data set has labels and held-out images.
         on_bad_image: its data.on_bad_image; the commands for evaluation have the field on_bad_image instead.
         given: fields of the data set that the present command line sets, to be repeated.
+        step: of its newest checkpoint.
     """
     repeated = given or {}
     name, root = repeated.get("name", name), repeated.get("root", root)
@@ -44,10 +53,24 @@ def next_commands(
     images |= {"on_bad_image": "skip"} if on_bad_image == "replace" else {}
     if labeled:
         return [command("moco.linear", SubjectConfig(), run=run, **images)]
-    features = f"{run}/features"
+    # The first folder without features of another step, which moco.embed would refuse to replace.
+    folders = (f"{run}/features", *(f"{run}/features_{i}" for i in range(2, 1000)))
+    features, there = next((each, found) for each in folders if (found := _features_step(each)) in (None, step))
     embed = command("moco.embed", SubjectConfig(), run=run, **images, output=features)
     of_index = named_images(name, root) if name != "webdataset" else {}
-    return [embed, command("moco.search", SubjectConfig(), index=features, **of_index, sample=8)]
+    search = command("moco.search", SubjectConfig(), index=features, **of_index, sample=8)
+    found = Path(features, "search", "nearest.json").is_file()
+    return [embed, search] if there is None else [] if found else [search]
+
+
+def _features_step(folder: str) -> int | None:
+    """Return the step of the encoder whose complete features are in a folder of moco.embed; None if there are none."""
+    if not Path(folder, FEATURES).is_file():
+        return None
+    try:
+        return int(read_json(Path(folder, ABOUT))["encoder"]["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
 
 
 def free_run(first: str) -> str:

@@ -8,6 +8,7 @@ from moco.config.quoting import override
 from moco.files import FileLocked, WriteError, cause, check_writable, lock
 
 LOCK = ".lock"
+FEATURES, ABOUT = "features.npy", "features.json"  # of a complete output of moco.embed
 
 
 def check_output_file(path: Path, example: str) -> None:

@@ -134,7 +134,7 @@ def summarize(trainer: "Trainer") -> None:
     sources = trainer.sources
     multi_label = sources.train.multi_labels is not None and sources.held_out is not None
     labeled = trainer.live.measure == "knn" or multi_label
-    for each in next_commands(config.run, *data, labeled, config.data.on_bad_image):
+    for each in next_commands(config.run, *data, labeled, config.data.on_bad_image, step=plan.total_steps):
         log_next(each)
     log_next(command("moco.report", SubjectConfig(), run=config.run, **named_images(*data)))
     if config.data.name not in ("folder", "video", "shards", "huggingface", "webdataset"):

@@ -48,7 +48,7 @@ SITUATIONS = {
     "report, not finished": ("report run=runs/stopped projector=false", []),
     "embed": ("embed run=runs/unlabeled output=features", ["search", "search"]),
     "search": ("search run=runs/unlabeled output=found sample=2", []),
-    "choose": ("choose runs=[runs/labeled,runs/labeled_too] output=chosen", ["knn"]),
+    "choose": ("choose runs=[runs/labeled,runs/labeled_too] output=chosen", ["linear"]),
     "choose, unlabeled": ("choose runs=[runs/unlabeled,runs/unlabeled_too] output=chosen_too", ["embed"]),
     "pack": ("pack data.root=CROWD output=packed", ["train"]),
     "pack, few images": ("pack data.root=FEW output=packed_few", []),

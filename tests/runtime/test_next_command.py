@@ -45,6 +45,23 @@ def test_the_next_commands_repeat_the_images_that_the_command_line_names() -> No
     assert read(search)["data.root"] == "a/b"
 
 
+def test_only_commands_whose_output_is_missing_are_proposed(tmp_path: Path) -> None:
+    def modules(step: int) -> list[str]:
+        return [each.split()[2] for each in next_commands(str(tmp_path), "folder", "images", False, step=step)]
+
+    features = tmp_path / "features"
+    features.mkdir()
+    assert modules(7) == ["moco.embed", "moco.search"]  # not complete: the command resumes
+    (features / "features.npy").touch()
+    (features / "features.json").write_text('{"encoder": {"step": 7}}')
+    assert modules(7) == ["moco.search"]
+    (features / "search").mkdir()
+    (features / "search" / "nearest.json").touch()
+    assert modules(7) == []
+    embed, search = next_commands(str(tmp_path), "folder", "images", False, step=8)  # moco.embed refuses that folder
+    assert (read(embed)["output"], read(search)["index"]) == (f"{features}_2", f"{features}_2")
+
+
 def test_all_changed_fields_are_kept() -> None:
     config = SubjectConfig(checkpoint="a b/Bücher (1)=[x].pth", backbone="convnet", seed=3, device="cpu")
     config.options = {"width": 2, "stem": {"kind": "null", "on": True}}

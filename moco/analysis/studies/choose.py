@@ -166,9 +166,11 @@ def choose(config: ChooseConfig) -> list[Point]:
     needed = fields_to_repeat(asdict(data_config(subject, opened)), in_run_directory(Path(best.file)))
     following = SubjectConfig(checkpoint=best.file, data=replace(config.data, **needed))
     if labeled:
-        log_next(command("moco.knn", following), "best linear accuracy")
+        log_next(command("moco.linear", following), "the checkpoint with the highest linear accuracy")
     else:
-        log_next(command("moco.embed", following, output=str(output / "features")), "best by RankMe")
+        log_next(
+            command("moco.embed", following, output=str(output / "features")), "the checkpoint that RankMe chooses"
+        )
     return points
 
 
