@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from moco.runtime.stdio import exit_on_broken_pipe, print_error, protected_streams
+from moco.runtime.stdio import exit_on_broken_pipe, print_error, protected_streams, wrapped
 
 COMMANDS = {
     "train": ("train",),
@@ -33,8 +33,10 @@ def main() -> None:
         for command in commands:
             line = f"    python -m moco.{command}"
             purpose = summary(command)
-            print(f"{line:<32}{purpose}" if 32 + len(purpose) <= width else f"{line}\n        {purpose}")
-    print("\nEach prints its fields with --help. First steps: README.md; all pages: docs/index.md")
+            below = wrapped(purpose, width, " " * 8, " " * 8)
+            print(f"{line:<32}{purpose}" if 32 + len(purpose) <= width else f"{line}\n{below}")
+    print()
+    print(wrapped("Each prints its fields with --help. First steps: README.md; all pages: docs/index.md", width))
 
 
 def refuse(word: str) -> None:

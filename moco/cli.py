@@ -17,7 +17,7 @@ from moco.composition import compose
 from moco.config import ConfigError, ResumableConfig, RunWarning, require
 from moco.config.base import paths_of
 from moco.runtime.preemption import Preempted, PreemptionHandler, Terminated, prevent_restart, raise_terminated
-from moco.runtime.stdio import print_error, printable, protected_streams
+from moco.runtime.stdio import for_terminal, print_error, printable, protected_streams
 
 Schema = TypeVar("Schema")
 
@@ -116,7 +116,7 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
     """
     plain = warnings.formatwarning
     warnings.formatwarning = lambda message, category, *rest: (
-        f"moco: warning: {printable(str(message))}\n"
+        f"{for_terminal(f'moco: warning: {message}', sys.stderr)}\n"
         if issubclass(category, RunWarning)
         else "\n".join(map(printable, plain(message, category, *rest).split("\n")))
     )

@@ -4,7 +4,6 @@ All text passes through `printable` here, because names of files, classes and ru
 """
 
 import os
-import textwrap
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,11 +16,11 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from moco.distributed import is_rank_zero
-from moco.runtime.stdio import discard_output, printable
+from moco.runtime.stdio import discard_output, holds_command, printable, wrapped
 
 
 class Terminal(Console):
@@ -43,6 +42,14 @@ class Terminal(Console):
             super().__exit__(*about)  # rich writes here
         except OSError:  # a closed terminal, or a log file on a full disk
             self.on_broken_pipe()
+
+
+_LIVE: list[Terminal] = []  # consoles of the progress bars that are shown, the innermost last
+
+
+def _console() -> Terminal:
+    """Return the console to print on: that of the progress bar, if one is shown, because it prints above the bar."""
+    return _LIVE[-1] if _LIVE else Terminal()
 
 
 class Display:
@@ -69,6 +76,7 @@ class Display:
         if self._show_live and self._live is None:  # not before the first step, so that opening lines are above it
             self._live = Live(Group(self._progress, self._status), console=self.console, refresh_per_second=8)
             self._live.start()
+            _LIVE.append(self.console)
         epochs = self._total // self._steps_per_epoch
         epoch = min((step - 1) // self._steps_per_epoch + 1, epochs)
         self._progress.update(self._task, completed=step, description=f"epoch {epoch}/{epochs}")
@@ -87,6 +95,7 @@ class Display:
         """Stop the live display. Its last state stays on the terminal."""
         if self._live is not None:
             self._live.stop()
+            _LIVE.remove(self.console)
             self._live, self._show_live = None, False
 
 
@@ -120,44 +129,47 @@ def progress_bar(
         bar.update(task, completed=done, total=total, visible=True)
 
     console = Terminal()
-    name = TextColumn(printable(description), markup=False)
+    name = TextColumn(printable(description), markup=False, table_column=Column())  # wraps before a number is cut
     columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=console.quiet or not console.is_terminal) as bar:
         task = bar.add_task("", total=None, visible=False)
-        yield progress
+        _LIVE.append(console)
+        try:
+            yield progress
+        finally:
+            _LIVE.remove(console)
 
 
 def log(line: str) -> None:
     """Print a line, on rank 0; on a terminal, a long line is broken between words."""
-    _print_line(Terminal(), line)
+    _print_line(_console(), line)
 
 
 def _print_line(console: Terminal, line: str) -> None:
     line = printable(line)
-    if console.is_terminal and not line.startswith("next"):  # a command stays on one line, to be copied
+    if console.is_terminal and not holds_command(line):
         line = _wrapped(line, console.width)
     console.print(line, markup=False, soft_wrap=True)
 
 
 def _wrapped(text: str, width: int, first: str = "", others: str = "") -> str:
-    """Break a text into lines between words; a word that is wider than a line stays whole.
-
-    `first` is the indent of the first line, `others` that of the other lines.
-
-    A list, such as "loss 1.5 · lr 0.1", is broken between its entries: textwrap does not break at a no-break space.
-    """
+    """Break lines as `wrapped` does; a list, such as "loss 1.5 · lr 0.1", between its entries."""
     entries = text.split(" · ")
     if len(entries) > 1 and max(map(cell_len, entries)) < width - 2:
         text = "\N{NO-BREAK SPACE}· ".join(entry.replace(" ", "\N{NO-BREAK SPACE}") for entry in entries)
-    filled = textwrap.fill(
-        text, width, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
-    )
-    return filled.replace("\N{NO-BREAK SPACE}", " ")
+    return wrapped(text, width, first, others)
 
 
 def log_next(command: str, reason: str = "") -> None:
-    """Print a command that continues from here, on rank 0. It is one line, however long, so that it can be copied."""
-    log(f"next: {command}" + (f"  ({reason})" if reason else ""))
+    """Print a command that continues from here, on rank 0. It is one line, however long, so that it can be copied.
+
+    On a terminal, a reason that does not fit behind it stands below it.
+    """
+    console, line, reason = _console(), f"next: {command}", f"  ({reason})" * bool(reason)
+    if console.is_terminal and cell_len(line + reason) > console.width:
+        _print_line(console, line)
+        line, reason = reason, ""
+    _print_line(console, line + reason)
 
 
 def summary_panel(title: str, rows: Iterable[tuple[str, str]]) -> None:
@@ -165,7 +177,7 @@ def summary_panel(title: str, rows: Iterable[tuple[str, str]]) -> None:
 
     A text with a word that is wider than the panel, such as a path, stands below it, where the word is not broken.
     """
-    console = Terminal()
+    console = _console()
     shown = [(name, printable(text)) for name, text in rows]
     room = console.width - max((cell_len(name) for name, _ in shown), default=0) - 6  # of the borders and spaces
     grid = Table.grid(padding=(0, 2))
@@ -174,7 +186,10 @@ def summary_panel(title: str, rows: Iterable[tuple[str, str]]) -> None:
     for name, text in shown:
         if _longest_word(text) <= room:
             grid.add_row(name, Text(text))
-    console.print(Panel(grid, title=_text(title), title_align="left", expand=False))
+    if cell_len(printable(title)) > console.width - 6:  # a panel would cut it
+        _print_line(console, title)
+        title = ""
+    console.print(Panel(grid, title=_text(title) if title else None, title_align="left", expand=False))
     for name, text in shown:
         if _longest_word(text) > room:
             _print_line(console, f"{name}: {text}")
@@ -202,7 +217,7 @@ def table(
     """
     out = Table(title=_text(title, "table.title"), title_justify="left", caption_justify="left", box=box.ROUNDED)
     out.caption = Text("\n".join(map(printable, caption.split("\n"))), style="table.caption") if caption else None
-    console = Terminal()
+    console = _console()
     cells = [[printable(cell).strip() for cell in row] for row in (columns, *rows)]
     room = console.width - 3 * len(columns) - 1  # without borders
     widths = _column_widths(cells, room)

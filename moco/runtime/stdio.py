@@ -5,8 +5,11 @@ Imports neither torch nor rich, so that `--help` is fast.
 
 import io
 import os
+import re
+import shutil
 import signal
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,6 +38,35 @@ def printable(text: str) -> str:
     return "".join(map(shown, text))
 
 
+def wrapped(text: str, width: int, first: str = "", others: str = "") -> str:
+    """Break a text into lines between words, after the given indents; a word that is wider than a line stays whole.
+
+    A number stays with its unit and its uncertainty: textwrap does not break at a no-break space.
+    """
+    filled = textwrap.fill(
+        re.sub(r" (?=[%±])|(?<=±) ", "\N{NO-BREAK SPACE}", text),
+        width,
+        initial_indent=first,
+        subsequent_indent=others,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return filled.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def holds_command(line: str) -> bool:
+    """Return whether a line holds a command. It then stays one line, to be copied; a terminal may wrap it."""
+    return "python -m moco" in line or line.startswith("next")
+
+
+def for_terminal(line: str, stream: IO[str] | None) -> str:
+    """Return a line as it is printed: see `printable`; if the stream is a terminal, broken between words."""
+    line = printable(line)
+    if stream is None or stream.closed or not stream.isatty() or holds_command(line):
+        return line
+    return wrapped(line, shutil.get_terminal_size().columns)
+
+
 def discard_output(stream: IO[str] | None) -> None:
     """Redirect a stream to the null device, with what it has buffered."""
     with suppress(OSError, ValueError):  # closed, or a test's stream without a descriptor
@@ -45,9 +77,9 @@ def discard_output(stream: IO[str] | None) -> None:
 
 
 def print_error(line: str) -> None:
-    """Print a line on stderr, see `printable`. Ignore errors: they must not change the exit status."""
+    """Print a line on stderr, see `for_terminal`. Ignore errors: they must not change the exit status."""
     try:
-        print(printable(line), file=sys.stderr, flush=True)
+        print(for_terminal(line, sys.stderr), file=sys.stderr, flush=True)
     except OSError:
         discard_output(sys.stderr)
 

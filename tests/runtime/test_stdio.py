@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from moco.__main__ import main as list_commands
 from moco.config import config_dir
 from moco.runtime import console
 from moco.runtime.console import Display, Terminal, log, progress_bar, status_line, summary_panel
-from moco.runtime.stdio import print_error, printable
+from moco.runtime.stdio import print_error, printable, wrapped
 
 REPOSITORY = Path(config_dir()).parent
 
@@ -78,9 +81,80 @@ def test_a_terminal_breaks_lines_between_words_and_never_a_command(monkeypatch: 
     with io.StringIO() as file, contextlib.redirect_stdout(file):
         console.log(line)
         console.log_next(f"python -m moco.embed {line}", "a reason")
-        printed = file.getvalue().splitlines()
-    assert " ".join(printed[:-1]) == line
-    assert printed[-1] == f"next: python -m moco.embed {line}  (a reason)"
+        console.log_next("python -m moco.knn run=runs/digits", "a reason")
+        console.log(f"set a field: python -m moco.knn {line}")
+        *printed, following, reason, short, last = file.getvalue().splitlines()
+    assert " ".join(printed) == line
+    assert (following, reason) == (f"next: python -m moco.embed {line}", "  (a reason)")
+    assert short == "next: python -m moco.knn run=runs/digits  (a reason)"
+    assert last == f"set a field: python -m moco.knn {line}"
+
+
+def test_a_number_stays_with_its_unit_and_its_uncertainty() -> None:
+    line = "raw pixels 64.9 % ± 5.3, untrained 60.2 % ± 5.7, 8 as 1 6.0 %"
+    for width in range(14, 80):
+        lines = wrapped(line, width).splitlines()
+        assert " ".join(lines) == line
+        assert not any(each.startswith(("%", "±", "5.")) for each in lines)
+
+
+class FakeTerminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_errors_and_warnings_on_a_terminal_break_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    words = (
+        "optim.warmup_epochs=2.0 is not below epochs=2: the learning rate rises to the end; set optim.warmup_epochs=0"
+    )
+    for line, lines in ((words, 2), (f"{words}, python -m moco.train run=runs/digits", 1)):
+        for stream, expected in ((FakeTerminal(), lines), (io.StringIO(), 1)):
+            monkeypatch.setattr(sys, "stderr", stream)
+            print_error(line)
+            printed = stream.getvalue().splitlines()
+            assert (" ".join(printed), len(printed)) == (line, expected)
+            assert expected == 1 or max(map(len, printed)) <= 60
+
+
+@pytest.mark.parametrize("print_line", [log, console.log_next, lambda line: print_error(line)])
+def test_a_line_is_printed_above_the_progress_bar_and_not_behind_it(
+    print_line: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    with progress_bar("epochs") as progress:
+        progress(1, 2)
+        time.sleep(0.3)  # the bar is drawn ten times per second
+        print_line("a line")
+    printed = "".join(capsys.readouterr())
+    assert "1/2" in printed.partition("a line")[0]
+    assert re.search(r"\x1b\[2K(next: )?a line\n", printed)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_neither_the_numbers_of_a_bar_nor_the_title_of_a_panel_are_cut(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", str(width))
+    with progress_bar("pretrained: features of the held-out images") as progress:
+        progress(1000, 1297)
+    printed = capsys.readouterr().out
+    assert "1000/1297" in printed
+    assert "…" not in printed
+    title = "Outliers (mean cosine similarity to the 12 nearest neighbors)"
+    summary_panel(title, [("median", "0.914")])
+    assert title.rpartition(" ")[2] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_list_of_commands_breaks_no_word(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    list_commands()
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= width
 
 
 @pytest.mark.parametrize("name", ["pipe", "terminal"])
