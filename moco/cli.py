@@ -30,18 +30,8 @@ _IMAGE_ADVICE = {
 }
 
 
-# How to continue an interrupted command, by its name; the others start again.
-_AGAIN = "run the same command again to resume"
-_RESUMES = {
-    "train": f"; {_AGAIN} from the last checkpoint, if there is one",
-    "pack": f"; finished shards are kept: {_AGAIN}",
-    **dict.fromkeys(("embed", "search"), f"; finished features are kept: {_AGAIN}"),
-    **dict.fromkeys(
-        ("finetune", "segment", "detect"), f"; finished networks are kept: {_AGAIN} from the last saved state"
-    ),
-    "transfer": f"; finished results are kept: {_AGAIN}",
-    "temperature": f"; finished runs are kept: {_AGAIN}",
-}
+# Commands that continue when they are run again. What they kept, they say themselves, see `keeping`.
+_RESUMABLE = {"train", "pack", "embed", "search", "finetune", "segment", "detect", "transfer", "temperature"}
 
 
 @dataclass(frozen=True)
@@ -144,10 +134,16 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
         sys.exit(stopped.status)
     except KeyboardInterrupt as error:
         _silence_finalizers()
-        _exit(130, f"interrupted{_RESUMES.get(name, '')}", error)
+        _exit(130, f"interrupted{_how_to_continue(name, error)}", error)
     except Terminated as error:
         _silence_finalizers()
-        _exit(128 + signal.Signals[str(error)], f"stopped by {error}{_RESUMES.get(name, '')}", error)
+        _exit(128 + signal.Signals[str(error)], f"stopped by {error}{_how_to_continue(name, error)}", error)
+
+
+def _how_to_continue(name: str, stopped: BaseException) -> str:
+    """Return the rest of the sentence about a stop; "" for a command that starts again."""
+    notes = getattr(stopped, "__notes__", ["run the same command again"] if name in _RESUMABLE else [])
+    return f"; {notes[0]}" if notes else ""
 
 
 def _silence_finalizers() -> None:

@@ -36,6 +36,7 @@ from moco.files import write_csv, write_errors, write_json
 from moco.runtime.console import duration, log_next, progress_bar, summary_panel
 from moco.runtime.next_command import command, free_run, given_fields, stats_command
 from moco.runtime.output_directory import lock_directory
+from moco.runtime.preemption import keeping
 
 # The recipe to train with next, by data.name.
 _RECIPES: dict[str, dict[str, Any]] = {
@@ -53,7 +54,13 @@ _IMAGE_FIELDS = {f"data.{name}" for name in ("channels", "dtype", "bits", "previ
 
 def pack(config: PackConfig) -> None:
     """Do the work of `moco.pack`."""
-    started, output = time.monotonic(), Path(config.output)
+    output = Path(config.output)
+    with keeping("finished shards", lambda: (output / INDEX).is_file() or any((output / PARTS).glob("*-*.npz"))):
+        _pack(config, output)
+
+
+def _pack(config: PackConfig, output: Path) -> None:
+    started = time.monotonic()
     data = replace(config.data, resident=False)  # a few images at a time are enough
     refuse_output_inside(data, "output", output)
     sources = open_sources(data, bank_size=0, keep_unreadable=True)

@@ -21,7 +21,7 @@ from moco.files import atomic_write
 from moco.runs.metrics import METRICS, MetricsLogger
 from moco.runs.weights_file import read_weights
 from moco.runtime.console import log
-from moco.runtime.preemption import Preempted, PreemptionHandler, Reason
+from moco.runtime.preemption import Preempted, PreemptionHandler, Reason, keeping
 from moco.runtime.speed import StepTimes
 from moco.runtime.watchdog import Watchdog, watched_context
 
@@ -55,6 +55,10 @@ class Supervision:
         if reason := self.preemption.signal_received():
             raise Preempted(reason, *self._saved)
 
+    def has_saved(self) -> bool:
+        """Return whether a training of this attempt has saved a step, or resumed from one."""
+        return bool(self._saved)
+
     def saved(self, done: int, total: int) -> None:
         """Record that `done` of the `total` steps of the current training are saved."""
         self._saved = done, total
@@ -70,7 +74,9 @@ def supervised(config: ResumableConfig, preemption: PreemptionHandler | None) ->
     with ExitStack() as stack:
         preemption = preemption or stack.enter_context(PreemptionHandler(config.stop_after))
         device, watchdog = stack.enter_context(watched_context(config))
-        yield Supervision(device, watchdog, preemption, config.save_every, config.log_every)
+        supervision = Supervision(device, watchdog, preemption, config.save_every, config.log_every)
+        stack.enter_context(keeping("saved steps", supervision.has_saved))
+        yield supervision
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from moco.runtime.console import log, log_next, percent
 from moco.runtime.device import compute_context
 from moco.runtime.next_command import command
 from moco.runtime.output_directory import lock_directory
+from moco.runtime.preemption import keeping
 
 # The fields on which the results of a mode depend, besides the encoders and the data.
 SETTINGS = {
@@ -72,7 +73,8 @@ def evaluate_transfer(config: TransferConfig) -> list[SetResults]:
         # The name of a data set of the literature determines its images. The others are opened now: their digests are
         # needed, and one that cannot be evaluated must end the command before anything is computed.
         opened = {name: None if name in SETS else open_set(name, config, own) for name in config.sets}
-        found = [_evaluate_set(name, splits, config, own, candidates, device) for name, splits in opened.items()]
+        with keeping("finished results", lambda: any((output / FOLDER).glob(f"{config.mode}_*.json"))):
+            found = [_evaluate_set(name, splits, config, own, candidates, device) for name, splits in opened.items()]
         _report(config, found, output)
     return found
 

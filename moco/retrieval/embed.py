@@ -38,6 +38,7 @@ from moco.runtime.console import log_next, progress_bar, summary_panel
 from moco.runtime.device import compute_context
 from moco.runtime.next_command import command, named_images
 from moco.runtime.output_directory import FEATURES, lock_directory
+from moco.runtime.preemption import keeping
 
 
 def embed(config: EmbedConfig) -> None:
@@ -83,7 +84,9 @@ def compute(config: EmbedConfig, subject: subjects.Subject, folder: Path, device
     network = build_network(subject.file, config.features, config.normalize, device)
     work = _Work(config, subject, source, network, device)
     about = _about(work)
-    with ExitStack() as locks:  # held by rank 0
+    state: About | None = {"done": 0}
+    some = keeping("finished features", lambda: state is None or state["done"] > 0)
+    with some, ExitStack() as locks:  # held by rank 0
         on_rank_zero(lambda: bool(locks.enter_context(lock_directory(folder, "output"))))
         state = on_rank_zero(lambda: begin(folder, about))
         if state is not None:

@@ -81,6 +81,17 @@ def raise_terminated() -> Iterator[None]:
                 signal.signal(number, signal.SIG_DFL)
 
 
+@contextmanager
+def keeping(what: str, is_some: Callable[[], bool]) -> Iterator[None]:
+    """Add a note to the exception of a stop: whether there is some of `what`, which the same command then continues."""
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated) as stopped:
+        kept = f"{what} are kept: run the same command again to resume"
+        stopped.add_note(kept if is_some() else f"no {what} yet: run the same command again to start")
+        raise
+
+
 class Preempted(Exception):
     """The run was stopped before its end, and everything is saved; the message is one sentence.
 

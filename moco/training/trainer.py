@@ -47,7 +47,7 @@ from moco.runtime.console import Display
 from moco.runtime.device import describe_device
 from moco.runtime.errors import NonFiniteLoss
 from moco.runtime.memory import explain_out_of_memory, keep_freed_memory, training_fix
-from moco.runtime.preemption import Preempted, PreemptionHandler, Reason
+from moco.runtime.preemption import Preempted, PreemptionHandler, Reason, keeping
 from moco.runtime.provenance import commit
 from moco.runtime.sharding import full_state, full_weights
 from moco.runtime.watchdog import Watchdog, watched_context
@@ -68,7 +68,8 @@ def pretrain(config: TrainConfig, preemption: PreemptionHandler | None = None) -
     if preemption is None:
         with PreemptionHandler(config.stop_after) as preemption:
             return pretrain(config, preemption)
-    with watched_context(config) as (device, watchdog):
+    kept = keeping("checkpoints", lambda: bool(checkpoint.list_checkpoints(Path(config.run, "checkpoints"))))
+    with kept, watched_context(config) as (device, watchdog):
         if device.type == "cpu":
             keep_freed_memory()
         Trainer(config, preemption, watchdog, device).run()

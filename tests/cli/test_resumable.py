@@ -133,7 +133,7 @@ def test_a_stopped_and_a_killed_training_resume_to_the_same_end(
         patch.setattr(resumable, "save_state", killed)
         status, out, err = run(*arguments, "output=cut")
     assert (status, "resumed at step 3" in out) == (130, True)
-    assert "finished networks are kept: run the same command again to resume from the last saved state" in err
+    assert "saved steps are kept: run the same command again to resume" in err
     status, out, err = run(*arguments, "output=cut")
     assert status == 0, err
     assert "resumed at step 4" in out

@@ -30,7 +30,7 @@ from moco.files import write_json
 from moco.runs.sweep import is_finished, run_to_end
 from moco.runtime.console import duration, log, log_next, percent, progress_bar, table
 from moco.runtime.next_command import command
-from moco.runtime.preemption import PREEMPTED
+from moco.runtime.preemption import PREEMPTED, keeping
 from moco.runtime.provenance import provenance
 from moco.untrusted import read_json, read_yaml
 
@@ -91,8 +91,9 @@ def sweep(config: TemperatureConfig) -> list[Run]:
     output, device = open_study(config.output, config)
     _refuse_other_study(output, config)
     planned = plan(config, output)
-    failed = _train_all(config, planned)
-    runs = _measure_all(config, planned, device)
+    with keeping("saved runs", lambda: any(any(run.folder.glob("checkpoints/*.pt")) for run in planned)):
+        failed = _train_all(config, planned)
+        runs = _measure_all(config, planned, device)
     if runs:
         _show(runs)  # before writing: the results stay visible if writing fails
         _write(config, output, runs)
