@@ -93,3 +93,20 @@ def test_the_table_names_other_measures_and_states_what_its_interval_is(
     assert "95 % interval over seeds" in out
     (tmp_path / "results.json").write_text("{")
     assert call(monkeypatch, "results_table", str(tmp_path)) == 1
+
+
+def test_the_results_page_states_the_seeds_of_the_commands() -> None:
+    """scripts/evaluate.sh sets the seeds of fine-tuning on a part of the labels, configs/finetune.yaml the others."""
+    repository = SCRIPTS.parent
+    script = (SCRIPTS / "evaluate.sh").read_text(encoding="utf-8")
+    given = set(re.findall(r'seeds="\$\{SEEDS:-(\d+)\}"', script))
+    (default,) = re.findall(
+        r"^seeds: (\d+)$", (repository / "configs" / "finetune.yaml").read_text("utf-8"), re.MULTILINE
+    )
+    (without,) = [line for line in script.splitlines() if "fraction=1.0" in line]
+    assert "seeds" not in without
+    page = (repository / "docs" / "results.md").read_text(encoding="utf-8")
+    section = page.partition("### One run evaluated in every way")[2].partition("\n### ")[0]
+    assert re.findall(r"mean of (\d+) seeds \(.*?\), (\d+) for all labels", section) == [(*given, default)]
+    rows = re.findall(r"^\| fine-tuning, (1 %|10 %|all labels).*, (\d+) seeds \|", section, re.MULTILINE)
+    assert rows == [("1 %", *given), ("10 %", *given), ("all labels", default)]
