@@ -12,14 +12,25 @@ if sys.platform == "win32":
 
 if TYPE_CHECKING:
     from moco import losses
-    from moco.api import LoadedEncoder, load_encoder, pretrain, train_config
+    from moco.api import LoadedClassifier, LoadedEncoder, load_classifier, load_encoder, pretrain, train_config
     from moco.builder import KeyQueue, MoCo
 
 __version__ = "0.1.0"
-__all__ = ["KeyQueue", "LoadedEncoder", "MoCo", "load_encoder", "losses", "pretrain", "train_config"]
+_OF_API = ("LoadedClassifier", "LoadedEncoder", "load_classifier", "load_encoder", "pretrain", "train_config")
+__all__ = [
+    "KeyQueue",
+    "LoadedClassifier",
+    "LoadedEncoder",
+    "MoCo",
+    "load_classifier",
+    "load_encoder",
+    "losses",
+    "pretrain",
+    "train_config",
+]
 
 _MODULES = dict.fromkeys(("KeyQueue", "MoCo"), "moco.builder")
-_MODULES |= dict.fromkeys(("LoadedEncoder", "load_encoder", "pretrain", "train_config"), "moco.api")
+_MODULES |= dict.fromkeys(_OF_API, "moco.api")
 
 
 def __getattr__(name: str) -> Any:

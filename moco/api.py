@@ -16,7 +16,9 @@ from moco.config.subject import ImagesConfig, SubjectConfig, check_subject
 from moco.data.in_memory import to_pixels
 from moco.data.pixel_format import RGB, PixelFormat, to_float
 from moco.evaluation.features import EvalTransform, evaluation_view
-from moco.evaluation.subject import open_subject
+from moco.evaluation.layers import LayerFeatures
+from moco.evaluation.linear_probe import LinearHead, load_head
+from moco.evaluation.subject import open_subject, weights_digest
 from moco.interop.encoder_file import EncoderFile, build
 from moco.interop.hub import is_hub_folder
 from moco.train import train
@@ -32,8 +34,8 @@ class LoadedEncoder(nn.Module):
             file. Arrays and tensors must have the type of the run's images: uint8 unless data.dtype was set.
         num_features: D.
         info: a dict with "source" (the path of the file), "layout", "backbone", "options", "step" (optimizer steps of
-            the training), "config" (of the run; empty for a file of another project) and "images" (size, resize, mean
-            and std of `transform`).
+            the training), "config" (of the run; empty for a file of another project), "images" (size, resize, mean
+            and std of `transform`) and "sha256" (of the weights, as they were loaded).
     """
 
     def __init__(self, file: EncoderFile, transform: EvalTransform, bits: int | None = None) -> None:
@@ -46,11 +48,34 @@ class LoadedEncoder(nn.Module):
         names = ("source", "layout", "backbone", "options", "step", "config")
         self.eval()
         self.info: dict[str, Any] = {name: getattr(file, name) for name in names} | {"images": asdict(transform)}
+        self.info["sha256"] = weights_digest(file, "backbone")
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the features (N, D) of prepared images (N, C, S, S)."""
         features: Tensor = self.backbone(images)
         return features
+
+
+class LoadedClassifier(nn.Module):
+    """An encoder with the linear classifier that `moco.linear` trained on it.
+
+    Attributes:
+        encoder: a `LoadedEncoder`; classifies what its `transform` prepares.
+        head: the linear layer, a `LinearHead`; `head.about` is the metadata of the file.
+        classes: the names of the L classes, in the order of the scores.
+    """
+
+    def __init__(self, encoder: LoadedEncoder, head: LinearHead) -> None:
+        super().__init__()
+        self.encoder, self.head, self.classes = encoder, head, list(head.about["classes"])
+        self._features = LayerFeatures(encoder.backbone, [head.about["layer"]], encoder.info["images"]["size"])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the scores (N, L) of prepared images (N, C, S, S): softmax gives probabilities.
+
+        If images can have several labels, sigmoid gives the probability of each class.
+        """
+        return self.head(self._features(images))
 
 
 def train_config(overrides: Sequence[str] = ()) -> TrainConfig:
@@ -123,6 +148,33 @@ def load_encoder(
     check_subject(config)
     subject = open_subject(config)
     return LoadedEncoder(subject.file, subject.transform, bits)
+
+
+def load_classifier(file: str | Path, encoder: LoadedEncoder | None = None) -> LoadedClassifier:
+    """Load the classifier that `python -m moco.linear` saved, together with its encoder.
+
+    Args:
+        file: `linear.safetensors`, or `linear_PROTOCOL.safetensors`.
+        encoder: on which it was trained. None: it is loaded from where it was then.
+
+    Raises:
+        FileNotFoundError: if a file does not exist.
+        ValueError: if the file is no classifier of moco.linear, or if it belongs to other weights or sizes of images.
+    """
+    path = Path(file).expanduser()
+    head = load_head(path)
+    about, look = head.about, head.about["look"]
+    if encoder is None:
+        network = {"backbone": about["backbone"], "options": about.get("options")}
+        encoder = load_encoder(about["encoder"], **network, size=look["size"], resize=look["resize"])
+    info, fix = encoder.info, "give its own, encoder=moco.load_encoder(...)"
+    names = ("sha256",) if "sha256" in about else ("backbone", "step")  # of files of earlier versions
+    whose = f"{path} belongs to the encoder {about['encoder']} (step {about['step']})"
+    same = all(info[name] == about[name] for name in names)
+    require(same, f"{whose}, and {info['source']} (step {info['step']}) has other weights: {fix}")
+    prepared = {name: list(value) if isinstance(value, tuple) else value for name, value in info["images"].items()}
+    require(prepared == look, f"{whose} with images prepared as {look}, not as {prepared}: {fix}")
+    return LoadedClassifier(encoder, head)
 
 
 def evaluation_transform(transform: EvalTransform, pixel_format: PixelFormat) -> v2.Compose:

@@ -31,7 +31,7 @@ from moco.evaluation.features import pixels, stream
 from moco.evaluation.layers import OUTPUT, LayerFeatures
 from moco.evaluation.linear_probe import LinearHead, fitting_batch, new_head, save_head, train_head
 from moco.evaluation.metrics import Metrics, compute_metrics, rank_classes
-from moco.evaluation.subject import encoders, is_other_data, labels_of, targets_of
+from moco.evaluation.subject import encoders, is_other_data, labels_of, targets_of, weights_digest
 from moco.evaluation.subsets import SubsetError, split_each_class
 from moco.evaluation.sweep import Choice, LabeledFeatures, Recipe, choose, retrain
 from moco.evaluation.task import Result, Task, training_view
@@ -251,7 +251,8 @@ def _about_head(task: Task[LinearConfig], layer: str, unit: bool) -> dict[str, A
     about = {"layer": layer, "unit": unit, "classes": list(task.train.classes), "protocol": task.config.protocol}
     about |= {"settings": _settings(task.config), "changed": changed_settings(task.config)}
     about |= {"data": {name: getattr(task.data, name) for name in ("name", "root", "eval_root")}}
-    return about | {"encoder": file.source, "backbone": file.backbone, "step": file.step, "look": transform}
+    about |= {"encoder": str(Path(file.source).absolute()), "backbone": file.backbone, "options": dict(file.options)}
+    return about | {"sha256": weights_digest(file, "backbone"), "step": file.step, "look": transform}
 
 
 def _details(config: LinearConfig, probe: Probe) -> dict[str, Any]:

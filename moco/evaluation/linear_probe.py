@@ -16,17 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from moco.config import OptimConfig
+from moco.config import OptimConfig, require
 from moco.data.loader import Batch
 from moco.data.plan import Plan
 from moco.digest import digest
 from moco.distributed import in_lockstep, mean_over_ranks
+from moco.files import cause
 from moco.interop.weights import save_weights
 from moco.optim.schedules import lr_factor
 from moco.runtime.device import float64_device
+from moco.untrusted import parse_json, refuse_special_file
 
 
 class BackboneChanged(RuntimeError):
@@ -54,10 +56,15 @@ def save_head(path: Path, head: LinearHead) -> None:
 
 
 def load_head(path: Path) -> LinearHead:
-    """Read a head that `save_head` wrote."""
-    with safe_open(path, "pt") as file:
-        about = {name: json.loads(value) for name, value in file.metadata().items()}
-        return LinearHead(file.get_tensor("weight"), file.get_tensor("bias"), about)
+    """Read a head that `save_head` wrote; raise FileNotFoundError, or ValueError if the file is something else."""
+    try:
+        refuse_special_file(path)
+        with safe_open(path, "pt") as file:
+            about = {name: parse_json(value) for name, value in (file.metadata() or {}).items()}
+            require({"layer", "unit", "classes"} <= about.keys(), "it has other metadata")
+            return LinearHead(file.get_tensor("weight"), file.get_tensor("bias"), about)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is no classifier of moco.linear ({cause(error)}): name linear.safetensors") from error
 
 
 def new_head(width: int, classes: int, std: float, seed: int) -> nn.Linear:

@@ -30,7 +30,7 @@ _FOLDED = {"train": "Training", "analysis": "Measures of the representation", "s
 _BASELINES = {"raw pixels": "raw_pixels", "untrained": "untrained"}  # names of results before the first step
 _PNG, _MOST_BYTES = b"\x89PNG\r\n\x1a\n", 5_000_000  # of an image of predictions
 _CROPS = "two crops of an image find each other"  # how the title of instance retrieval begins
-_ACCURACIES = ("raw pixels", "untrained", "initialized", "best", "last", "online probe")  # rows of the overview, also of retrievals
+_ACCURACIES = ("raw pixels", "untrained", "initialized", "best", "last", "online probe")  # rows of the overview
 
 
 def headline(runs: Sequence[Run], alarms: Sequence[Sequence[Alarm]]) -> Markup:

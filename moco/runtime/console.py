@@ -166,7 +166,7 @@ def log_next(command: str, reason: str = "") -> None:
     On a terminal, a reason that does not fit behind it stands below it.
     """
     console, line, reason = _console(), f"next: {command}", f"  ({reason})" * bool(reason)
-    if console.is_terminal and cell_len(line + reason) > console.width:
+    if reason and console.is_terminal and cell_len(line + reason) > console.width:
         _print_line(console, line)
         line, reason = reason, ""
     _print_line(console, line + reason)

@@ -82,11 +82,13 @@ def test_a_terminal_breaks_lines_between_words_and_never_a_command(monkeypatch: 
         console.log(line)
         console.log_next(f"python -m moco.embed {line}", "a reason")
         console.log_next("python -m moco.knn run=runs/digits", "a reason")
+        console.log_next(f"python -m moco.search {line}")
         console.log(f"set a field: python -m moco.knn {line}")
-        *printed, following, reason, short, last = file.getvalue().splitlines()
+        *printed, following, reason, short, long, last = file.getvalue().splitlines()
     assert " ".join(printed) == line
     assert (following, reason) == (f"next: python -m moco.embed {line}", "  (a reason)")
     assert short == "next: python -m moco.knn run=runs/digits  (a reason)"
+    assert long == f"next: python -m moco.search {line}"
     assert last == f"set a field: python -m moco.knn {line}"
 
 
