@@ -145,14 +145,14 @@ def test_an_invalid_variable_of_a_launcher_is_refused(
 
 
 @pytest.mark.parametrize(("name", "schema", "resumes"), [("knn", KnnConfig, False), ("train", TrainConfig, True)])
-def test_ctrl_c_mentions_a_checkpoint_only_for_training(name: str, schema: type, resumes: bool, run: Run) -> None:
+def test_ctrl_c_mentions_the_same_command_only_if_it_resumes(name: str, schema: type, resumes: bool, run: Run) -> None:
     def interrupted(config: object) -> None:
         raise KeyboardInterrupt
 
     status, _, errors = run(name, "run=x", main=lambda: run_command(name, schema, interrupted))
     assert status == 130
     assert errors.startswith("moco: interrupted")
-    assert ("last checkpoint" in errors) == resumes
+    assert ("run the same command again" in errors) == resumes
 
 
 @pytest.mark.parametrize(
