@@ -119,8 +119,8 @@ def _without_index(folder: Path) -> str:
     if any(folder.glob("*.tar")):
         root = override("data.root", f"{folder}/NAME-{{000000..000009}}.tar")
         return (
-            f"contains tar files but no {INDEX}: stream them with data=webdataset {root} data.length=IMAGES, or pack "
-            "the images with moco.pack"
+            f"contains tar files but no {INDEX}: stream them with data=webdataset {root} data.length=N (N images "
+            "per epoch), or pack the images with moco.pack"
         )
     return f"contains no {INDEX}: make shards with python -m moco.pack data.root=IMAGES {override('output', folder)}"
 
