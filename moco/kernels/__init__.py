@@ -19,6 +19,7 @@ from moco.config import RunWarning
 _OLDEST = (8, 0)  # Ampere: tensor cores with TF32, and the oldest that Triton supports
 
 
+@torch.compiler.assume_constant_result
 def fused(device: torch.device) -> bool:
     """Return whether the kernels run on a device: a GPU of NVIDIA for which Triton can compile them.
 

@@ -86,13 +86,13 @@ class GroupedBatchNorm(nn.Module):
             raise ValueError(f"model.bn_group_size={self.group_size} does not divide a batch of {len(x)} images")
         if self.group_size == 0 and world_size() > 1:
             return self._normalize_sync(x)
-        if torch.compiler.is_compiling():
-            return self._normalize_at_once(x)
         count = len(x) // (self.group_size or len(x))
         running, affine = (self.running_mean, self.running_var), (self.weight, self.bias)
-        if self._is_fused(x) and has_kernel(x, self.weight, count):
+        if self._is_fused(x, compiled=True) and has_kernel(x, self.weight, count):
             self._count_call()
             return fused_batch_norm(x, *affine, running, count, self.momentum, self.eps)
+        if torch.compiler.is_compiling():
+            return self._normalize_at_once(x)
         if self._is_fused(x) and count == 1:
             self._count_call()
             return F.batch_norm(x, *running, *affine, training=True, momentum=self.momentum, eps=self.eps)
@@ -176,9 +176,14 @@ class GroupedBatchNorm(nn.Module):
         self.running_var.add_(var, alpha=share)
         self._count_call()
 
-    def _is_fused(self, x: Tensor) -> bool:
-        """Return whether one fused operation can update the running statistics: each call must be a whole view."""
-        return x.device.type in FUSED_DEVICES and self.micro_batches == 1 and not torch.compiler.is_compiling()
+    def _is_fused(self, x: Tensor, compiled: bool = False) -> bool:
+        """Return whether one fused operation can update the running statistics: each call must be a whole view.
+
+        Args:
+            compiled: whether compiled code has the operation too.
+        """
+        whole = x.device.type in FUSED_DEVICES and self.micro_batches == 1
+        return whole and (compiled or not torch.compiler.is_compiling())
 
     def _are_normalized_together(self, groups: Sequence[Tensor]) -> bool:
         """Return whether one call normalizes all groups. torch refuses groups with a single number per channel."""
@@ -190,6 +195,10 @@ class GroupedBatchNorm(nn.Module):
         )
 
     def _count_call(self) -> None:
+        if torch.compiler.is_compiling():  # `micro_batches` is 1: each call is a view
+            if self.counted:
+                torch._foreach_add_([layer.num_batches_tracked for layer in self.counted], 1)
+            return
         if self.call == 0 and self.counted:
             torch._foreach_add_([layer.num_batches_tracked for layer in self.counted], self.views)
         self.call = (self.call + 1) % (self.views * self.micro_batches)

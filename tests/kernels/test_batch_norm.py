@@ -1,13 +1,15 @@
 """BN in groups by kernels against a batch norm of each group in float64: on a GPU if there is one, else interpreted."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from moco.models import fused_norm
 from moco.models.fused_norm import has_kernel
-from moco.models.norm import GroupedBatchNorm, untracked
+from moco.models.norm import GroupedBatchNorm, set_calls_per_step, untracked
 
 pytest.importorskip("triton")
 
@@ -50,9 +52,13 @@ def results_of(x: Tensor, norm: GroupedBatchNorm) -> dict[str, Tensor]:
     return {"out": out.detach(), "gradient of x": x.grad, **gradients, **norm.state_dict()}
 
 
-def compare(x: Tensor, group_size: int, affine: str = "trained") -> None:
+def compare(x: Tensor, group_size: int, affine: str = "trained", backend: str = "") -> None:
     exact = torch.promote_types(x.dtype, torch.float32)
-    found = results_of(x.to(DEVICE), layer(x.shape[1], group_size, exact, affine).to(DEVICE))
+    norm = layer(x.shape[1], group_size, exact, affine).to(DEVICE)
+    if backend:
+        torch.compiler.reset()
+        norm.compile(backend=backend, fullgraph=True)
+    found = results_of(x.to(DEVICE), norm)
     expected = results_of(x.double(), layer(x.shape[1], group_size, torch.float64, affine))
     assert found.keys() == expected.keys()
     assert found["out"].stride() == found["gradient of x"].stride() == x.stride()
@@ -74,6 +80,37 @@ def compare(x: Tensor, group_size: int, affine: str = "trained") -> None:
 )
 def test_outputs_gradients_and_statistics(shape: tuple[int, ...], group_size: int, affine: str) -> None:
     compare(batch(*shape), group_size, affine)
+
+
+@pytest.mark.parametrize("affine", ["trained", "frozen", "none"])
+def test_compiled_layers(affine: str) -> None:
+    compare(batch(12, 5, 3, 2), 4, affine, "aot_eager")
+    compare(batch(12, 5), 4, affine, "aot_eager")
+
+
+@pytest.mark.slow
+def test_layers_compiled_by_inductor() -> None:
+    compare(batch(12, 5, 3, 2), 4, backend="inductor")
+
+
+def test_compiled_calls_are_counted_in_every_layer() -> None:
+    network = nn.Sequential(layer(5, 4, torch.float32), layer(5, 4, torch.float32)).to(DEVICE)
+    set_calls_per_step(network, 2)
+    compiled = copy.deepcopy(network)
+    compiled.compile(backend="aot_eager", fullgraph=True)
+    for mean in range(4):  # two steps of two views
+        x = batch(12, 5, 3, 2, mean=mean).to(DEVICE)
+        torch.testing.assert_close(compiled(x), network(x), rtol=0, atol=0)
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in compiled.state_dict().items())
+    assert network.state_dict()["1.num_batches_tracked"] == 4
+
+
+def test_the_operations_of_compiled_code_are_declared_correctly() -> None:
+    x, norm = batch(12, 5, 3, 2).to(DEVICE), layer(5, 4, torch.float32).to(DEVICE).requires_grad_(False)
+    arguments = norm.weight, norm.bias, norm.running_mean, norm.running_var, 3, 0.3, 1e-5
+    torch.library.opcheck(fused_norm._batch_norm, (x, *arguments))
+    saved = fused_norm._batch_norm(x, *arguments)[1]
+    torch.library.opcheck(fused_norm._batch_norm_backward, (x - 1, x, norm.weight, saved))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -35,9 +35,11 @@ def test_kernels_compile_as_intended(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(build.missing() != "", reason=build.missing())
-def test_batch_norm_over_groups_compiles(tmp_path: Path) -> None:
-    """torch 2.14's compiler fails with its default settings."""
+@pytest.mark.parametrize("kernels", ["0", "1"])
+def test_batch_norm_over_groups_compiles(tmp_path: Path, kernels: str) -> None:
+    """Without moco's kernels, torch 2.14's compiler fails with its default settings."""
     env = build.environment(build.build(tmp_path), null=True) | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    env["MOCO_KERNELS"] = kernels
     command = [sys.executable, "-m", "tests.rehearsal.inductor"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
