@@ -228,7 +228,7 @@ class Method(Protocol):
         views: Sequence[Tensor],
         shuffles: Sequence[Order] | None = None,
         micro_batch: int | None = None,
-    ) -> dict[int, Any]: ...  # gets `places` too, if the loader was asked for them, see `Batch`
+    ) -> dict[int, Any]: ...  # with `MethodConfig.uses_places` also gets `moco.data.loader.Batch.places`
 
     def update_momentum_encoder(self, momentum: float) -> None: ...
 

@@ -124,7 +124,7 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
         raise
     except (ValueError, OSError, FloatingPointError, MemoryError, Warning) as error:  # Warning: python -W error
         sentence = _naming_field(_sentence(error), config)
-        if type(error) is FileNotFoundError and error.errno is None:  # of moco: the system's errors have a number
+        if type(error) is FileNotFoundError and error.errno is None:  # raised by moco: the system's have a number
             _exit(2, sentence, error)
         hint = "" if _explains_itself(error) else " (MOCO_TRACEBACK=1 shows where)"
         _exit(1, f"{sentence}{_image_advice(name, error)}{hint}", error)

@@ -54,7 +54,7 @@ class MethodConfig:
         return 2 if self.symmetric else 1
 
     def changing(self) -> list[str]:
-        """Return the settings with which the passes differ from step to step: a CUDA graph cannot repeat them."""
+        """Return the settings that make the forward pass differ from step to step: a CUDA graph cannot repeat it."""
         kind = self.temperature_schedule
         return [f"method.temperature_schedule={kind}"] if kind == "cosine" else []
 

@@ -292,7 +292,7 @@ def check(config: TrainConfig, processes: int = 1) -> None:
 
 
 def _check_cuda_graph(config: TrainConfig, processes: int) -> None:
-    """Refuse what a CUDA graph cannot repeat: Python numbers that change between steps, and exchanges of processes."""
+    """Refuse what a CUDA graph cannot repeat, such as numbers that change between steps, or collectives."""
     off = "set cuda_graph=false"
     require(config.device != "cpu", f"cuda_graph=true needs a GPU, but device={config.device}: {off}")
     exchanges = [] if config.method.is_local else [f"method={config.method.name}"]

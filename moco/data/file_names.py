@@ -60,10 +60,10 @@ def _entries(folder: str, _modified: int) -> dict[str, list[str]]:
 
 
 def listed_names(path: Path) -> list[str]:
-    """Return the lines of a list of names that are not empty.
+    """Return the lines of a list of names, without empty lines.
 
     Raises:
-        ConfigError: if the file is no text in UTF-8, or has no such line.
+        ConfigError: if the file is no text in UTF-8, or has only empty lines.
     """
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

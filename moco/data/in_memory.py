@@ -47,7 +47,7 @@ def to_pixels(image: Any, pixel_format: PixelFormat = RGB) -> Tensor:
         fix = ", without transforms such as ToTensor" * (array.dtype.kind == "f" and pixel_format.dtype != "float32")
         raise ValueError(f"{given}: pass an array (H, W, C) or a tensor (C, H, W), of {pixel_format}{fix}")
     if isinstance(image, Tensor) and array.ndim == 3:
-        array = np.moveaxis(array, 0, -1)  # so that the channels of a tensor are never taken for its columns
+        array = np.moveaxis(array, 0, -1)  # so that the columns of a tensor are never taken for its channels
     pixels = bands_of_array(array, pixel_format._replace(channels=channels))
     if channels == pixel_format.channels:
         return pixels

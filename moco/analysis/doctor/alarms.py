@@ -35,8 +35,8 @@ from moco.analysis.doctor.settings import (
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.03, 1.0  # published: from 0.05 to 1, the value of MoCo v3 with a ResNet
 # Effective negatives: with fewer, the gradient comes from the nearest negative, which is often of the query's class.
 FEW_NEGATIVES = 2.0
-# Share of the negatives. With more effective ones, the standard deviation of the similarities is below about T / 7: no
-# negative stands out.
+# Effective negatives as a share of all negatives. Above it, the standard deviation of the similarities is below about
+# T / 7: no negative stands out.
 ALL_NEGATIVES = 0.99
 # A spread. Below it, as for an untrained encoder, all negatives count equally at any temperature.
 SPREAD_OUT = 0.5
