@@ -249,7 +249,10 @@ def averaged_running_statistics(module: nn.Module) -> Iterator[dict[str, Tensor]
 
 
 def restore_running_statistics(module: nn.Module, of_ranks: Tensor | None) -> None:
-    """Restore this rank's statistics, from those of all ranks (W, total), if there were as many ranks."""
+    """Restore this rank's statistics from those in a checkpoint, one row per rank: (ranks of the saved run, total).
+
+    Does nothing if the checkpoint has none (None), or if its number of ranks is not W.
+    """
     buffers = _running_statistics(module)
     if of_ranks is not None and of_ranks.shape == (world_size(), sum(each.numel() for each in buffers)):
         _fill(buffers, of_ranks[rank()])

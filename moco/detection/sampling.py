@@ -37,7 +37,7 @@ class KeyedSampler:
             labels: for each image, (a,): above 0 positive, 0 negative, below 0 not to be drawn.
 
         Returns:
-            For each image, 1 for the positives that were drawn (a,), and the same for negatives.
+            Two lists of masks, one (a,) per image: 1 for the positives that were drawn, and 1 for the negatives.
         """
         found: tuple[list[Tensor], list[Tensor]] = [], []
         self.drawn = self.drawn_positive = 0

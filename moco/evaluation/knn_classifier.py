@@ -277,7 +277,7 @@ def knn_accuracy(
 
 
 def knn_title(setting: EvaluateConfig, references: int | None = None) -> str:
-    """Return the name of the live accuracy, with its settings; `references` is their number, None if unknown."""
+    """Return the name and the settings of the kNN accuracy during training; `references`: their number, if known."""
     more = f", T {setting.temperature:g}" * (setting.temperature != EvaluateConfig.temperature)
     more += ", projection features" * (setting.features == "projection")
     if setting.labels_per_class:

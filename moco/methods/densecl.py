@@ -19,8 +19,8 @@ cells of the global batch, for any number of processes and micro-batches.
 Deliberate deviations from the official code:
 
 - The official code updates f_k before encoding the keys; here f_k is updated at the end of the step.
-- With a grid, the official code pools only the input of the dense head. Here the features by which cells are matched
-  are pooled too, so that features and embeddings have the same cells.
+- If the feature map is pooled (`grid`), the official code pools only the input of the dense head. Here the features by
+  which cells are matched are pooled too, so that features and embeddings have the same cells.
 
 Legend: N micro-batch, n local batch, W processes, C embedding, K queue length, D features, P = G x G cells.
 """

@@ -20,7 +20,8 @@ def projection_head(
         hidden: width of the hidden layers; 0: D, as in MoCo v2.
         dim: C, the embedding.
         layers: number of linear layers, at least 1, else ValueError.
-        norm: add BN after each linear layer, which then has no bias (v3's projector and predictor).
+        norm: add BN after each linear layer but the last; linear layers then have no bias (v3's projector and
+            predictor).
         last_norm: with `norm`, also add BN, without weight and bias, after the last layer (not in the predictor of v3's
             ResNet).
     """

@@ -138,7 +138,7 @@ def _fields(entry: Mapping[str, Any], of_encoder: bool) -> dict[str, Any]:
         nested = name in _SECTIONS and isinstance(value, Mapping)
         found.update({f"{name}.{each}": value[each] for each in value} if nested else {name: value})
     without = set(EXCLUDED)
-    if "choice.k" in found:  # then these are results: the encoder's best of the values in `choice`
+    if "choice.k" in found:  # then k and temperature are results: the best of the values in `choice`
         without |= {"settings.k", "settings.temperature"}
     if found.get("data.name") == "digits":  # scikit-learn contains the images: data.root has no effect
         without.add("data.root")

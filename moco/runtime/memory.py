@@ -69,7 +69,8 @@ def training_fix(
 ) -> str:
     """Return the settings to change if a training step does not fit, as `fix` of `explain_out_of_memory`.
 
-    Only `accumulate` can change when a run resumes, and only with BN in groups: `group` is their size, else None.
+    Of these, only `accumulate` can change when a run resumes, and only with BN in groups: `group` is their size, else
+    None.
     """
     images = batch_size // processes // accumulate
     parts = [each for each in range(2, images // group + 1) if images % (each * group) == 0] if group else []

@@ -99,7 +99,7 @@ class Segmented:
 def evaluate_segment(config: SegmentConfig, preemption: PreemptionHandler | None = None) -> list[Segmented]:
     """Train and evaluate a network on each configured encoder with each seed; the same result on every rank.
 
-    Without a handler, signals are caught from here on.
+    If `preemption` is None, this function catches the signals itself.
 
     Raises:
         ConfigError, ImageError, FileNotFoundError, ValueError: for an unsuitable encoder or data set.
