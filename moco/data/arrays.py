@@ -139,8 +139,8 @@ def _open_torchvision(dataset: Any, config: DataConfig, **split: Any) -> Any:
     except (RuntimeError, OSError, EOFError, tarfile.TarError) as error:
         if config.download:
             raise OSError(
-                f"{dataset.__name__} could not be downloaded to {where}: {error}; check the network and the disk, or "
-                f"download {dataset.url} yourself"
+                f"{dataset.__name__} could not be downloaded to {where}: {error}; check the connection and the disk, "
+                f"or download {dataset.url} yourself"
             ) from error
         found = "is incomplete or corrupted" if Path(folder, dataset.base_folder).exists() else "was not found"
         raise FileNotFoundError(

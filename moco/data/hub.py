@@ -131,7 +131,7 @@ def _load(root: str, subset: str) -> Mapping[str, Any]:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise FileNotFoundError(
             f"data.root={root} could not be opened as a Hugging Face data set ({reason.rstrip('.')}): correct the name "
-            "or data.subset, check the network, or set a folder that save_to_disk wrote"
+            "or data.subset, check the connection, or set a folder that save_to_disk wrote"
         ) from error
     return found if isinstance(found, Mapping) else {"train": found}
 

@@ -126,7 +126,7 @@ def download(name: str, root: str) -> None:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
             f"sets={name} ({known.megabytes:,} MB) could not be downloaded to root={root} ({folder}): {reason}; check "
-            "the network and the disk and run the same command again, or copy the data set there"
+            "the connection and the disk and run the same command again, or copy the data set there"
         ) from error
 
 

@@ -66,7 +66,9 @@ class Supervision:
 
 @contextmanager
 def supervised(config: ResumableConfig, preemption: PreemptionHandler | None) -> Iterator[Supervision]:
-    """Set up device, threads, process group and watchdog; without a handler, catch signals from here on.
+    """Set up device, threads, process group and watchdog.
+
+    If `preemption` is None, this function catches the signals itself.
 
     Raises:
         ConfigError, PeerLost: see `compute_context`.

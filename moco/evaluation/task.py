@@ -167,7 +167,9 @@ def monitored(network: Network, count: int, description: str) -> Iterator[Callab
             nonlocal done
             features: Tensor = network(images)
             if not features.isfinite().all():
-                raise ConfigError(f"{description}: NaN or infinity: training diverged, use an older checkpoint=FILE")
+                raise ConfigError(
+                    f"{description}: the features hold NaN or infinity: training diverged, use an older checkpoint=FILE"
+                )
             done = min(share, done + len(images))
             progress(done, share)
             return features

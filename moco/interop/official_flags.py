@@ -133,8 +133,8 @@ def main_moco_overrides(flags: argparse.Namespace, launched: Launch) -> list[str
     if rest:
         raise ValueError(f"--batch-size {flags.batch_size} must be a multiple of the node's GPUs, {launched.per_node}")
     # A BN group has the images of one GPU. A single process uses groups of 32 instead, because the official recipe has
-    # 8 GPUs with 32 images each. So does a command that is printed on a machine without a GPU, for
-    # another machine with an unknown number of GPUs.
+    # 8 GPUs with 32 images each. So does a command that is printed on a machine without a GPU, for another machine with
+    # an unknown number of GPUs.
     alone = launched.per_node * launched.nodes == 1 or not torch.cuda.device_count()
     schedule = (
         ["optim=sgd_cosine"] if flags.cos else ["optim=sgd_step", f"optim.milestones={flags.schedule}".replace(" ", "")]

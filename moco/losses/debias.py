@@ -13,8 +13,8 @@ def debiased_cross_entropy(logits: Tensor, temperature: Temperature, prior: floa
 
         g = max((mean of exp(negative) - tau+ exp(positive)) / (1 - tau+), exp(-1 / T))
 
-    The lower bound, exp(-1 / T), is the smallest exp(negative) of unit vectors. The key is the only positive (M = 1).
-    With tau+ = 0 the loss is `info_nce`, except where rounding reaches the bound.
+    The lower bound, exp(-1 / T), is the smallest exp(negative) of unit vectors. The key is the only positive: M = 1 in
+    the paper. With tau+ = 0 the loss is `info_nce`, except where rounding reaches the bound.
 
     Args:
         logits: shape (N, 1 + K), the positive in column 0; -inf for a queue entry that is no negative.
@@ -29,7 +29,9 @@ def debiased_cross_entropy(logits: Tensor, temperature: Temperature, prior: floa
     """
     check_temperature(temperature)
     if not 0 <= prior < 1:
-        raise ValueError(f"prior={prior} must be at least 0 and below 1, the share of a class among the negatives")
+        raise ValueError(
+            f"prior={prior} must be at least 0 and below 1; it is the share of a class among the negatives"
+        )
     count = (logits[:, 1:] > ABSENT).sum(dim=1).to(logits.dtype)  # (N,)
     top = logits.detach().amax(dim=1)  # (N,), subtracted so that no exponential overflows
     positive = logits[:, 0] - top

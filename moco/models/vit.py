@@ -29,8 +29,8 @@ def vit(
 ) -> nn.Module:
     """Return a ViT from images (N, C, S, S) to the features of the class token, (N, D).
 
-    Section 4.1 of the paper and its code: fixed 2-D sin-cos positions; Xavier initialization that treats the weights of
-    query, key and value as three matrices. Section 4.2: a random patch projection, not trained, stabilizes training.
+    As in the paper and its code: fixed 2-D sin-cos positions; Xavier initialization that treats the weights of query,
+    key and value as three matrices. Section 4.2: a random patch projection, not trained, stabilizes training.
 
     Args:
         dim: D, a multiple of 4 and of `heads`; with stem "conv" also of 8.

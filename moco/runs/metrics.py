@@ -30,8 +30,8 @@ class Logger(Protocol):
     """Receives the metrics of a run on rank zero. A class that derives from it has the defaults, which do nothing.
 
     An error of `check` is raised before the run starts. An error that another method raises does not end the run: it is
-    reported once, and the logger gets nothing more. Only a `moco.files.WriteError` ends the run, as one of
-    metrics.jsonl does.
+    reported once, and the logger gets nothing more. Only a `moco.files.WriteError` ends the run, as if metrics.jsonl
+    could not be written.
     """
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -44,7 +44,7 @@ class Wandb:
 
     @staticmethod
     def check() -> None:
-        """Raise ConfigError if the package is missing, or nobody is logged in and it is not offline."""
+        """Raise ConfigError if the package is missing, or if wandb is online and nobody is logged in."""
         wandb = _import("wandb")
         ready = not _online(wandb) or wandb.login(prompt=False)
         require(ready, "logger=[wandb] needs an account: run `wandb login`, or set WANDB_MODE=offline")

@@ -37,7 +37,7 @@ class LiveEvaluation:
     With labeled reference and held-out images the result is the accuracy of the kNN classifier; without, it is the
     retrieval at 1 of `moco.evaluation.instance_retrieval`, on training images.
 
-    `heartbeat` is called after each batch of work.
+    `heartbeat` is called regularly during an evaluation.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class LiveEvaluation:
         return {f"{group}/{name}": score.mean for name, score in curves.items()}, line
 
     def _untrained_encoder(self) -> nn.Module:
-        """Return the encoder with random weights, for a run that starts from others."""
+        """Return the encoder with random weights: the baseline of a run that starts from trained ones."""
         options = {name: value for name, value in self._config.model.options.items() if name != "pretrained"}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._config.seed)

@@ -145,7 +145,7 @@ class Monitor:
 
 
 def _across_groups(samples: int, group: int) -> NDArray[np.int64] | None:
-    """Return an order in which every group takes samples from all groups; None if there is a single group."""
+    """Return an order in which a group's samples come from as many groups as possible; None for a single group."""
     if group == 0 or samples <= group:
         return None
     return np.arange(samples).reshape(-1, group).T.ravel()

@@ -64,7 +64,7 @@ from moco.training.throughput import Profile, Throughput
 
 
 def pretrain(config: TrainConfig, preemption: PreemptionHandler | None = None) -> None:
-    """Train as `moco.train.train` does; without a handler, signals are caught from here on."""
+    """Train as `moco.train.train` does. If `preemption` is None, this function catches the signals itself."""
     if preemption is None:
         with PreemptionHandler(config.stop_after) as preemption:
             return pretrain(config, preemption)
