@@ -22,7 +22,7 @@ SPLIT = 3_000  # the held-out images of the digits data set
 BANK = 3_001  # the images that a limited kNN reference set keeps
 HOLD_OUT = 3_002  # the labeled images that an evaluation holds out
 VALIDATION = 3_003  # the labeled images for selecting hyperparameters (learning rate, k)
-FEW_LABELS = 3_004  # the labeled images for fine-tuning
+FEW_LABELS = 3_004  # the labeled images for fine-tuning, or for a probe, with few labels
 SEARCH = 3_010  # the query images of a search
 REPORT = 3_011  # the images in a report
 SUBSTITUTE = 3_020  # the substitutes of an unreadable image
@@ -33,7 +33,7 @@ MIXING = 5_000  # the shuffling of a streamed data set in a worker's buffer; one
 PARTS = 6_000  # the images that an epoch draws of a part of the data set; one stream per part: PARTS + part
 EPISODES = 7_000  # the classes of a few-shot episode; the images of its n-th class: EPISODES + 1 + n
 BOX_SAMPLES = 8_000  # the boxes of an image that a detector samples for its loss
-DRAW_LABELS = 10_000  # the labeled samples of a few-label evaluation; one stream per draw
+DRAW_LABELS = 10_000  # the labeled images drawn for kNN, or to split a data set; one stream per draw
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))

@@ -17,7 +17,7 @@ from moco.data.walk import ARRAY_ENDINGS, IMAGE_ENDINGS
 DTYPES = {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}
 # The number by which pixels are divided on the device, so that integers lie in 0 ... 1. Floats keep their values.
 _WHITE = {torch.uint8: 255, torch.uint16: 65535}
-_STRETCH = (2.0, 98.0)  # percentiles of a channel that a preview of deep images shows as black and white
+_STRETCH = (2.0, 98.0)  # percentiles of a channel that a preview shows as black and white; not used for 8 bits
 
 
 class PixelFormat(NamedTuple):

@@ -30,7 +30,7 @@ def row_type(name_bytes: int) -> np.dtype[np.void]:
     """Return the type of one image's row: 28 bytes of numbers, and `name_bytes` for the name.
 
     `offset` and `size` locate the image's file inside the shard; `crc` is its CRC-32; `label` is -1 without a label;
-    `name` is the source's name, in the file system's encoding.
+    `name` is the image's name in its source, in the file system's encoding.
     """
     fields: list[tuple[str, str]] = [("shard", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("crc", "<u4")]
     return np.dtype([*fields, ("label", "<i4"), ("name", f"S{max(1, name_bytes)}")])

@@ -59,7 +59,10 @@ def _caltech_files(found: Any) -> tuple[list[str], list[int]]:
 
 
 def _voc_files(found: Any) -> tuple[list[str], list[Labels]]:
-    """Return paths, and labels (20,) as in the challenge: 1 has the class, 0 has not, -1 difficult objects only."""
+    """Return paths, and labels (20,): 1 has the class, 0 has not, -1 has difficult objects of it only.
+
+    The challenge's own files use -1 and 0 the other way round.
+    """
 
     def labels(annotation: str) -> Labels:
         each = np.zeros(len(VOC_CLASSES), np.int64)

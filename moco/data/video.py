@@ -130,7 +130,7 @@ class VideoSource(Source):
 def open_video(config: DataConfig, keep_unlistable: bool = False) -> Sources:
     """Open the frames of a folder of videos; see `moco.data.folder.scan` for `keep_unlistable`.
 
-    A file that cannot be decoded at all, or not to its end, has one unreadable image with the name of the file.
+    A file that cannot be read, or not to its end, has one more image: unreadable, with the name of the file.
 
     Raises:
         ConfigError: without PyAV, or for other channels than gray or RGB in 8 bits.

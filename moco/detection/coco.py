@@ -1,6 +1,6 @@
 """Boxes and masks from a json in COCO's format: the lists images, annotations and categories.
 
-Every error is a sentence that begins with the name of the file.
+Every error is a sentence that begins with FIELD=PATH of the file, or with PATH if no field is given.
 """
 
 import json
@@ -48,7 +48,7 @@ def read_coco(
         where = f"{file}: annotation {number}"
         image, category = entry.get("image_id"), entry.get("category_id")
         if not _is_id(image) or image not in images:
-            raise ConfigError(f"{where} has image_id {image!r}, which no image has: correct one")
+            raise ConfigError(f"{where} has image_id {image!r}, which no image has: correct it, or add the image")
         if not _is_id(category) or category not in numbers:
             fix = "add it to the categories, or correct the annotation"
             raise ConfigError(f"{where} has category_id {category!r}, {known}: {fix}")
@@ -140,7 +140,7 @@ def _classes(
     order = list(classes) or list(names.values())
     unknown = [name for name in names.values() if name not in order]
     listed = f"the categories {first_names(unknown)} are not those of the training images, {first_names(order)}"
-    require(not unknown, f"{file}: {listed}: correct one")
+    require(not unknown, f"{file}: {listed}: correct one of the files")
     return tuple(order), {number: 1 + order.index(name) for number, name in names.items()}
 
 
@@ -194,8 +194,8 @@ def _segmentation(where: str, entry: Mapping[str, Any], image: Mapping[str, Any]
 def _runs(text: str) -> Iterator[int]:
     """Yield the run lengths of COCO's compressed text: numbers in groups of 5 bits.
 
-    From the fourth run on, a number is the difference to the last run but one. pycocotools writes beyond its memory if
-    the runs do not fill the image, so they are checked first.
+    From the fourth run on, a number is the difference to the last run but one. They are read here to check that they
+    fill the image: pycocotools leaves the pixels after them undefined.
     """
     at, runs = 0, list[int]()
     while at < len(text):

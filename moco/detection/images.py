@@ -75,7 +75,7 @@ class BoxedImage:
     def _check_size(self, width: int, height: int) -> None:
         if (width, height) != (self.width, self.height):
             stated, found = f"{self.width} x {self.height}", f"{width} x {height}"
-            raise ImageError(f"{self.path} has {found} pixels, and its annotations state {stated}: correct one")
+            raise ImageError(f"{self.path} has {found} pixels, and its annotations state {stated}: correct one of them")
 
     def masks(self) -> Tensor:
         """Return the mask of each object, uint8 (n, H, W)."""
@@ -92,7 +92,7 @@ class BoxedImages:
 
     images: tuple[BoxedImage, ...]
     classes: tuple[str, ...]
-    dropped: int = 0  # boxes left out, with those of the images that `with_boxes` removed
+    dropped: int = 0  # boxes left out, including those of images that `with_boxes` removed
 
     def __len__(self) -> int:
         return len(self.images)

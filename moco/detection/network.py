@@ -198,7 +198,7 @@ def _pool(strides: Sequence[int], side: int, sampling: int) -> MultiScaleRoIAlig
 
 
 def _anchors(sizes: Sequence[float], given: Sequence[float], scales: Sequence[float] = (1.0,)) -> AnchorGenerator:
-    """Return anchors with one size per level times each of `scales`; the sizes are those `given`, or else `sizes`."""
+    """Return anchors: each level's size, times each of `scales`. The sizes are those `given`, or else `sizes`."""
     levels = tuple(given) or tuple(sizes)
     error = f"anchor_sizes={list(given)} must hold a size for each of the {len(sizes)} levels of the pyramid"
     require(len(levels) == len(sizes), f"{error}, or be null")

@@ -61,7 +61,7 @@ def draw_episodes(labels: Rows, episodes: Episodes) -> Iterator[tuple[Rows, Rows
 
 
 def _too_few(counts: list[int], enough: int, episodes: Episodes) -> str:
-    """Return the message for `counts` test images per class, of which `enough` classes suffice for an episode."""
+    """Return the error's message. `counts` are the test images of each class; `enough` classes have enough of them."""
     each, ways, fixes = episodes.shots + episodes.queries, min(len(counts), episodes.ways), []
     if enough >= 2:
         fixes.append(f"set ways={enough}")

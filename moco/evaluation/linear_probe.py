@@ -4,7 +4,8 @@ facebookresearch/moco and facebookresearch/moco-v3, main_lincls.py. Deviations: 
 (theirs is the best of all epochs on the held-out images), and an epoch consists of full batches: the last images of its
 order are left out if they do not fill one.
 
-Legend: M training images, N any images, n images of a rank's batch, C channels, S image size, D features, L classes.
+Legend: M training images, N images to classify, n images of a rank's batch, C channels, S image size, D features, L
+classes.
 """
 
 import json

@@ -136,7 +136,7 @@ def mean_known(values: Sequence[float | None]) -> float | None:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean over seeds and half the width of its 95 % interval (Student's t); None for a single seed."""
+    """Return the mean of repeats and half the width of its 95 % interval (Student's t); None for a single value."""
     if len(values) < 2:
         return float(np.mean(values)), None
     from scipy.stats import t  # importing it takes half a second

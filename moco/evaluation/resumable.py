@@ -174,7 +174,10 @@ def train_resumably(
 
 @contextmanager
 def _logging(supervision: Supervision, training: ResumableTraining, start: int) -> Iterator[Callable[[Step], None]]:
-    """Yield a function that takes each step and records some in metrics.jsonl and TensorBoard's events. Collective."""
+    """Yield a function to call after each step. Collective.
+
+    It records the first, the last and every `log_every`-th step in metrics.jsonl and TensorBoard's events.
+    """
     opened, times = list[MetricsLogger](), StepTimes(supervision.device, training.batch_size)
 
     def open_log() -> None:

@@ -31,7 +31,7 @@ _CHUNK = 4096  # rows at once when all rows are processed; bounds memory, change
 class LabeledFeatures:
     """Features of the training split, of one layer or several."""
 
-    features: Tensor  # (M, sum of D), on any device, or a view of a file
+    features: Tensor  # (M, sum of D), on any device, or mapped from a file
     columns: Mapping[str, slice]  # the columns of each layer
     labels: NDArray[np.int64] | NDArray[np.bool_]  # (M,); of images with several labels (M, L)
     classes: int  # L

@@ -23,9 +23,9 @@ def model_card(
     """Return the card in Markdown. All text from the file and the results is escaped.
 
     Args:
-        file: the encoder, with `images`; its `config` without paths, see `shareable`.
+        file: the encoder. Its `images` have size, resize, mean and std, and its `config` no paths, see `shareable`.
         timm: whether timm can build the network from the repository.
-        parameters: their number.
+        parameters: how many the network has.
         results: entries of results.json, see `moco.runs.results.record`.
         repo: the repository on the Hub; "" if unknown.
     """

@@ -3,7 +3,7 @@
 With a queue: `info_nce` (MoCo), `multi_positive_info_nce` (SupMoCo), `decoupled_info_nce` (DCL),
 `relational_cross_entropy` (ReSSL), and `contrast`, which is InfoNCE with optional changes (`Switches`). Within a batch:
 `in_batch_info_nce` (MoCo v3), `nt_xent` (SimCLR), `sup_con` (SupCon) and `multi_positive_nt_xent`.
-`cross_entropy_over_positives` has the forms for several positives.
+`cross_entropy_over_positives` computes a loss from logits with any number of positives.
 """
 
 from moco.losses.batch import in_batch_info_nce, multi_positive_nt_xent, nt_xent, sup_con

@@ -99,7 +99,8 @@ class MoCoV3(nn.Module):
             "negatives": total - 1,
             "chance": 2 * (2 * self.temperature) * (total - int(self.decoupled)).log(),  # all keys equally similar
         }
-        return Output(2 * torch.stack(losses).mean(), measures, *pairs[0])  # their sum, without small views
+        # Without small views, the result is the sum of both losses.
+        return Output(2 * torch.stack(losses).mean(), measures, *pairs[0])
 
     def update_momentum_encoder(self, momentum: float) -> None:
         """Set f_k = m f_k + (1 - m) f_q, without the predictor."""

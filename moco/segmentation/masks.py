@@ -86,7 +86,9 @@ class MaskedImages:
         size, orientation = _header(path)
         if size != values.shape[::-1]:
             sizes = [" x ".join(map(str, each)) for each in (size, values.shape[::-1])]
-            raise ImageError(f"the image {path} has {sizes[0]} pixels and its mask {mask_path} {sizes[1]}: correct one")
+            raise ImageError(
+                f"the image {path} has {sizes[0]} pixels and its mask {mask_path} {sizes[1]}: correct one of them"
+            )
         if orientation in range(2, 9):  # other values, such as 0, mean upright
             fix = "rotate the pixels of the image, and remove its EXIF tag"
             raise ImageError(f"{path} is stored rotated, and its mask may not be: {fix}")
