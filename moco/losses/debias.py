@@ -9,7 +9,8 @@ from moco.losses.similarity import ABSENT, Temperature, check_temperature
 def debiased_cross_entropy(logits: Tensor, temperature: Temperature, prior: float) -> Tensor:
     """Compute the debiased contrastive loss (Chuang et al., 2020), Eq. 7 and 8, from `info_nce_logits`.
 
-    tau+ is the probability that a negative has the query's class. K g replaces the sum over K negatives:
+    tau+ is the probability that a negative has the query's class. K g replaces the sum of exp(negative) over the K
+    negatives:
 
         g = max((mean of exp(negative) - tau+ exp(positive)) / (1 - tau+), exp(-1 / T))
 

@@ -209,7 +209,7 @@ def _by_threshold(config: SearchConfig, images: ImageSet, device: torch.device) 
     thresholds = sorted({config.threshold, *_THRESHOLDS}, reverse=True)
     counts = [f"{int((similarities >= each).sum()):,} at {each:g}" for each in thresholds]
     sampled = " sampled" * (len(rows) < len(images))
-    return f"of {len(rows):,}{sampled} images, {', '.join(counts)} have another image that is as similar"
+    return f"of {len(rows):,}{sampled} images, {', '.join(counts)} have another image of at least this similarity"
 
 
 def _duplicates_note(config: SearchConfig, sizes: Sequence[int], count: int) -> str:
@@ -280,7 +280,7 @@ def image_size(images: ImageSet, row: int) -> dict[str, int]:
     path = images.source.path(int(images.rows[row]))
     try:
         if path is not None:
-            # PIL does not know arrays and some TIFFs
+            # PIL cannot open arrays (.npy) and some TIFFs
             with contextlib.suppress(UnidentifiedImageError), Image.open(path, formats=IMAGE_FORMATS) as image:
                 return {"width": image.width, "height": image.height, "bytes": Path(path).stat().st_size}
         stored = images.pixels(row)  # (C, H, W)

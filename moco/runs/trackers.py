@@ -1,7 +1,7 @@
 """The loggers Weights & Biases and MLflow. A resumed run continues the same run there.
 
-The tracker's id of a run is the text of wandb_id.txt or mlflow_id.txt in the run's directory, beside the checkpoints
-that a resumed run needs anyway, so that it is found on another machine too.
+The tracker's id of a run is in wandb_id.txt or mlflow_id.txt in the run's directory, so that a run that resumes on
+another machine finds it too.
 """
 
 import hashlib

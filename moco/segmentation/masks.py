@@ -173,7 +173,7 @@ def _folder(root: Path, field: str) -> list[tuple[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for kind in ("images", "masks"):
         folder = root / kind
-        require(folder.is_dir(), f"{field}={root}: there is no folder {folder}; it needs images/ and masks/")
+        require(folder.is_dir(), f"{field}={root} must contain the folders images and masks: there is no {folder}")
         found[kind] = {}
         for path in walk(str(folder), IMAGE_ENDINGS).images:
             name = str(Path(path).with_suffix(""))

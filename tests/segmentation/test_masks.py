@@ -181,7 +181,7 @@ def test_folders_that_do_not_match_are_one_sentence(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             open_masked(MasksConfig(root=str(tmp_path), hold_out=0.4))
 
-    refused("there is no folder .*images; it needs images/ and masks/")
+    refused("must contain the folders images and masks: there is no .*images")
     folder(tmp_path)
     (tmp_path / "masks/a/1.png").unlink()
     refused(r"1 of 5 images have no mask \(masks/a/1\)")
