@@ -19,7 +19,7 @@ def label_facts(source: Source) -> dict[str, Any]:
 
     Returns:
         "images": the number of images with each label; "per_image": the number of images with 0, 1, 2, ... labels;
-        "together": for each label, the other label that most of its images also have, and the number of these images.
+        "together": for each label, the other label that occurs most often in its images, and in how many of them.
     """
     labels = source.multi_labels
     if labels is None:
@@ -63,6 +63,6 @@ def show_labels(facts: dict[str, dict[str, Any]]) -> None:
         ["label", *(f"{name} images" for name in splits), "most often with"],
         rows,
         f"training images by their number of labels: {', '.join(per_image)}\n"
-        "most often with: the other label that most training images of a label also have, and their share",
+        "most often with: the other label that occurs most often in a label's training images, and in which share",
         left=(0, len(splits) + 1),
     )

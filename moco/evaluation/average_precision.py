@@ -22,7 +22,7 @@ class AveragePrecision:
     scikit-learn. PASCAL VOC 2007 defines another one, which interpolates at eleven recalls, see `eleven_point`.
     """
 
-    per_class: list[float | None]  # None for a class that has no image in one of the two splits
+    per_class: list[float | None]  # None for a class without evaluated or without training images
     random: float  # mAP in percent of a random order: the mean share of the images that have the class
     count: int  # M
 

@@ -134,7 +134,7 @@ def train_head(
             sums.zero_()
     now = _digests(backbone)
     changed = sorted(name for name in now.keys() | loaded.keys() if now.get(name) != loaded.get(name))
-    if changed:  # the sanity check of main_lincls.py, here for buffers too
+    if changed:  # the sanity check of main_lincls.py
         raise BackboneChanged(f"the frozen backbone changed while its head was trained: {', '.join(changed[:5])}")
     return epochs
 

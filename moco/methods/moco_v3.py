@@ -16,8 +16,7 @@ Deliberate deviations from the official code:
 
 - The official code updates f_k between encoding queries and keys; here f_k is updated at the end of the
   previous step. The keys are the same (in the first step f_k equals f_q), and a step that fails changes nothing.
-- Keys are normalized before they are gathered, not after. Logits are float32 even under autocast.
-- The accuracy that the official code logs counts a tie as a success; here a tie is a failure.
+- Logits are float32 even under autocast.
 - Keys can be shuffled between BN groups (`model.bn=grouped`), as in v1 and v2. The official BN is synchronized, as in
   the recipes here (`model.bn=sync`, `model.shuffle_keys=false`).
 
