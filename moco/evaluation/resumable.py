@@ -1,4 +1,4 @@
-"""Trainings that resume: a state saved every few steps and after a signal, from which the same command continues.
+"""Trainings that resume: a state saved every `save_every` steps and after a signal, from which the command resumes.
 
 Everything that a step needs is either in the state or computed from the seed and the number of the step. So on a CPU a
 resumed training ends with the same weights as an uninterrupted one, bit for bit.
