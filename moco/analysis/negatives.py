@@ -105,7 +105,7 @@ class Explained(NamedTuple):
 
 @torch.no_grad()
 def explain_temperature(similarity: Tensor, answer: int, temperatures: Tensor) -> Explained:
-    """Compute softmax, loss and gradient of a few candidates at many temperatures.
+    """Compute softmax, loss and gradient of one query with a few candidates at many temperatures.
 
         grid = torch.logspace(-2, 0, 100)
         right, wrong = (explain_temperature(torch.tensor([0.8, 0.5, 0.1]), answer, grid) for answer in (0, 1))

@@ -12,14 +12,14 @@ SET_BY_SWEEP = ("run", "seed", "epochs", "experiment", "method.temperature", "ch
 
 @dataclass
 class TemperatureConfig(ComputeConfig):
-    """Study the effect of the temperature: train at several temperatures, or explain its effect on a few candidates.
+    """Study the effect of the temperature in real runs, or on one query with three candidates.
 
     `device` and `threads` apply to the measurements. For the runs, set them in overrides.
     """
 
     mode: str = bounded("sweep", choices=("sweep", "explain"))
-    """sweep: train at each temperature, measure, and draw figures; explain: print loss and gradient of a few
-    candidates."""
+    """sweep: train at each temperature, measure, and draw figures; explain: print loss and gradient of one query
+    with three candidates."""
     temperatures: list[float] = bounded([], gt=0, min_length=1, example="temperatures=[0.05,0.1,0.2,0.5]")
     """Temperatures to compare. Each has its own runs. More can be added later; finished runs are not repeated."""
     seeds: int = bounded(1, ge=1)
@@ -47,8 +47,8 @@ class TemperatureConfig(ComputeConfig):
     similarities: list[float] = bounded(
         [0.8, 0.5, 0.1], min_length=2, max_length=6, example="similarities=[0.8,0.5,0.1]"
     )
-    """For mode=explain: cosine similarities of the candidates, or any logits, such as [1,2,3]. In the columns "right"
-    the first candidate is the correct one, in the columns "wrong" the second."""
+    """For mode=explain: cosine similarities of the query to its candidates, or any logits, such as [1,2,3]. In the
+    columns "right" the first candidate is the positive, in the columns "wrong" the second; the others are negatives."""
 
 
 def check_temperature(config: TemperatureConfig) -> None:

@@ -1,4 +1,4 @@
-"""The temperature study: train a run at each temperature, measure and draw; or explain the effect on a few candidates.
+"""The temperature study: train a run at each temperature, measure and draw; or explain one query with a few candidates.
 
 Hydra's multirun is not used: it runs all jobs in one process, once per rank under torchrun, and reruns finished jobs.
 Here each run is a process with its own directory, so the same command resumes the study.
@@ -55,7 +55,7 @@ def study(config: TemperatureConfig) -> None:
 
 
 def explain(config: TemperatureConfig) -> None:
-    """Draw softmax, loss and gradient of a few candidates against the temperature, and print them as a table."""
+    """Draw softmax, loss and gradient of one query against the temperature, and print them as a table."""
     output, _ = open_study(config.output, ComputeConfig("cpu"))
     similarities, temperatures = config.similarities, sorted(config.temperatures)
     grid = torch.tensor(temperatures, dtype=torch.float64)
