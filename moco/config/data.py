@@ -124,9 +124,9 @@ class SubjectDataConfig(SourceConfig):
 
     hold_out: float = bounded(0.0, ge=0, lt=1)
     """For evaluations with labels, on data without a held-out split: the fraction of each class to hold out; 0: refuse
-    such data. Images with the same content stay on one side, and so do the frames of a video. Data whose labels the
-    encoder was trained with cannot be split in this way. moco.choose, moco.embed, moco.report and moco.search refuse
-    this field."""
+    such data. Images with the same content stay on one side (array columns of `huggingface`: copies are not found),
+    and so do the frames of a video. Data whose labels the encoder was trained with cannot be split in this way.
+    moco.choose, moco.embed, moco.report and moco.search refuse this field."""
 
     def overrides(self) -> dict[str, Any]:
         """Return the fields of `DataConfig` that are not null."""

@@ -103,7 +103,8 @@ class Source(Protocol):
     def content_fingerprints(self) -> NDArray[np.int64]:
         """Return a number per image, (N,): equal for images with the same content, usually different for others.
 
-        A source of files must not read them for this. An image without content has a number of its own, -1 - i.
+        A source of files must not read them for this. An image without content has a number of its own, -1 - i. If a
+        source gives such numbers to all images, as this default does, their copies are not found.
         """
         return -1 - np.arange(len(self))
 
@@ -121,10 +122,11 @@ class Source(Protocol):
 
     @abstractmethod
     def content_digest(self) -> str:
-        """Return the SHA-256 over the names and the content, in order; it does not depend on the data set's folder.
+        """Return the SHA-256 over the names and the content, in order.
 
         The source chooses what represents the content, such as pixels, the size and modification time of files, or
-        checksums.
+        checksums. The digest does not depend on the data set's folder, except for a folder of parquet files
+        (`HubSource`).
         """
 
 

@@ -68,7 +68,10 @@ class HubSource(Source):
         return replace(self, rows=self.rows[rows], labels=labels, multi_labels=several)
 
     def content_fingerprints(self) -> NDArray[np.int64]:
-        """Return the size of each image in bytes, which Arrow's offsets give without reading the image."""
+        """Return the size of each image in bytes, which Arrow's offsets give without reading the image.
+
+        In a column of arrays each image has a number of its own, so copies are not found.
+        """
         if not self.encoded:
             return super().content_fingerprints()
         pc = importlib.import_module("pyarrow.compute")
@@ -82,7 +85,8 @@ class HubSource(Source):
         return np.where(own > 0, own, super().content_fingerprints())
 
     def content_digest(self) -> str:
-        # datasets' own hash of the table and of all operations on it
+        # datasets' own hash of the table and of all operations on it. For a folder of parquet files it contains their
+        # paths, so the digest changes if the folder is moved.
         return entries_digest(
             ([self.name(i)] for i in range(len(self))), str(self.table._fingerprint), self.pixel_format
         )
@@ -150,7 +154,7 @@ def _open_split(splits: Mapping[str, Any], config: DataConfig, field: str, split
     if column not in images:
         fix = f"; set data.image_column to one of {', '.join(images)}" if images else ""
         raise ValueError(f"data.image_column={column}: this column of {config.root} contains no images{fix}")
-    # The held-out split may lack classes.
+    # A held-out split with labels may hold images of a single class.
     labels, classes = _labels(table, config.label_column, where, min_classes=2 if field == "split" else 1)
     several = labels is not None and labels.ndim == 2
     known: dict[str, Any] = {"classes": classes, "multi_labels" if several else "labels": labels}
@@ -158,7 +162,7 @@ def _open_split(splits: Mapping[str, Any], config: DataConfig, field: str, split
     if column in arrays:
         numbers = chosen.with_format("numpy", dtype=np.dtype(table.features[column].dtype))  # as they are stored
         return HubSource(numbers, column, split, rows, encoded=False, **known)
-    # Not decoded by `datasets`: the decoder of files must return the same pixels and errors.
+    # `datasets` must not decode: `decode_bytes` does, so that pixels and errors are the same as for image files.
     return HubSource(chosen.cast_column(column, datasets.Image(decode=False)), column, split, rows, **known)
 
 
