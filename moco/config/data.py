@@ -124,9 +124,9 @@ class SubjectDataConfig(SourceConfig):
 
     hold_out: float = bounded(0.0, ge=0, lt=1)
     """For evaluations with labels, on data without a held-out split: the fraction of each class to hold out; 0: refuse
-    such data. Images with the same content stay on one side (array columns of `huggingface`: copies are not found),
-    and so do the frames of a video. Data whose labels the encoder was trained with cannot be split in this way.
-    moco.choose, moco.embed, moco.report and moco.search refuse this field."""
+    such data. Images with the same content stay on one side, and so do the frames of a video. Data whose labels the
+    encoder was trained with cannot be split in this way. moco.choose, moco.embed, moco.report and moco.search refuse
+    this field."""
 
     def overrides(self) -> dict[str, Any]:
         """Return the fields of `DataConfig` that are not null."""
@@ -137,13 +137,6 @@ class SubjectDataConfig(SourceConfig):
 def is_remote(name: str, root: str) -> bool:
     """Return whether data.root is a name on a hub or an address of a stream, not a folder of this machine."""
     return name == "webdataset" or (name == "huggingface" and not Path(root).expanduser().is_dir())
-
-
-def refuse_root_of_digits(data: DataConfig) -> None:
-    """Raise ConfigError if a run on the embedded digits names a folder, which it would ignore."""
-    unused = data.name != "digits" or data.root == DataConfig.root
-    fix = "for a folder of images, add experiment=moco_v2_small or data=folder; otherwise remove it"
-    require(unused, f"data.root={data.root} has no effect on the embedded digits, data.name=digits: {fix}")
 
 
 def refuse_hold_out(data: SubjectDataConfig) -> None:
@@ -195,16 +188,22 @@ def check_data_fields(data: DataConfig) -> None:
     _check_roots(data)
     problem = f"data.frame_interval={data.frame_interval:g} works with data.name=video only, not with {data.name}"
     require(data.frame_interval == DataConfig.frame_interval or data.name == "video", f"{problem}: remove it")
-    embedded = data.name == "digits" and data.labels != "none"
-    require(
-        not embedded, f"data.labels={data.labels} has no effect on the embedded digits: set data=folder or remove it"
-    )
+    if data.name == "digits":
+        _check_digits(data)
     if data.label_file:
         problem = f"data.label_file={data.label_file!r}"
         require(data.name in FOLDERS, f"{problem} {only}")
         require(data.labels == "none", f"{problem} replaces data.labels={data.labels}: set only one of them")
         error = f"{problem} replaces data.eval_root={data.eval_root!r}: leave that empty, and add a column named split"
         require(not data.eval_root, error)
+
+
+def _check_digits(data: DataConfig) -> None:
+    """Raise ConfigError for a folder or labels, which the embedded digits would ignore."""
+    no_effect = "has no effect on the embedded digits, data.name=digits: for a folder of images, add data=folder, "
+    no_effect += "or in moco.train experiment=moco_v2_small"
+    require(data.root == DataConfig.root, f"data.root={data.root} {no_effect}; otherwise remove it")
+    require(data.labels == DataConfig.labels, f"data.labels={data.labels} {no_effect}; otherwise remove it")
 
 
 def _check_roots(data: DataConfig) -> None:

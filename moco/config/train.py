@@ -12,7 +12,7 @@ from moco.config.base import (
     require,
     require_divisible,
 )
-from moco.config.data import DataConfig, check_data_fields, refuse_root_of_digits
+from moco.config.data import DataConfig, check_data_fields
 from moco.config.method import MethodConfig
 
 
@@ -259,7 +259,6 @@ def check(config: TrainConfig, processes: int = 1) -> None:
     """Raise ConfigError for a configuration that is invalid with this number of processes."""
     check_bounds(config)
     check_data_fields(config.data)
-    refuse_root_of_digits(config.data)
     config.method.check(config)
     evaluate, optim = config.evaluate, config.optim
     off = f"evaluate.every_epochs={evaluate.every_epochs}"

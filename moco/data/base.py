@@ -104,7 +104,7 @@ class Source(Protocol):
         """Return a number per image, (N,): equal for images with the same content, usually different for others.
 
         A source of files must not read them for this. An image without content has a number of its own, -1 - i. If a
-        source gives such numbers to all images, as this default does, their copies are not found.
+        source gives such numbers to all images, as this default does, copies are not found.
         """
         return -1 - np.arange(len(self))
 

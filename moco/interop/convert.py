@@ -180,12 +180,13 @@ def _comparison_images(config: ConvertConfig, subject: Subject) -> tuple[Source,
 
     The built-in images are scikit-learn's digits or, for an encoder of images that are not RGB, random numbers.
     """
-    if config.data.name is not None or config.data.root is not None or subject.file.config.get("data"):
+    configured = config.data.name is not None or config.data.root is not None  # by the user
+    if configured or subject.file.config.get("data"):
         lazily = replace(config, data=replace(config.data, resident=False))  # only a few are read
         try:
             return open_data(lazily, subject).train, data_config(lazily, subject).name
         except (FileNotFoundError, ValueError):
-            if config.data.name is not None:  # configured by the user
+            if configured:
                 raise
     if subject.file.channels == 3:
         return load_source(DataConfig("digits")).train, "digits"

@@ -242,7 +242,7 @@ def test_an_image_too_long_for_a_jpeg_becomes_a_png(tmp_path: Path) -> None:
 
 
 def test_a_data_set_in_memory_keeps_its_pixels_and_splits(tmp_path: Path) -> None:
-    packed(tmp_path / "out", Path("unused"), data_name="digits", shard_mb=1)
+    packed(tmp_path / "out", Path("data"), data_name="digits", shard_mb=1)
     digits = load_source(DataConfig("digits"))
     for name in ("train", "held_out"):
         one, other = getattr(digits, name), packed_split(tmp_path / "out", name)

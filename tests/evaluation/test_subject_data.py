@@ -13,7 +13,7 @@ from moco.config import ConfigError, RunWarning
 from moco.config.subject import SubjectConfig
 from moco.data.decode import ImageError
 from moco.data.sources import Source
-from moco.evaluation.subject import data_config, is_other_data, open_labeled, open_subject
+from moco.evaluation.subject import data_config, is_other_data, open_data, open_labeled, open_subject
 from moco.evaluation.task import Task, describe, describe_start
 from moco.models.encoder import build_encoder
 from moco.runs import checkpoint
@@ -48,6 +48,14 @@ def test_for_another_data_set_no_field_of_the_run_applies(tmp_path: Path) -> Non
     assert (data_config(config, subject).name, data_config(config, subject).eval_root) == ("folder", "")
     config.data.name = "digits"
     assert data_config(config, subject).labels == "none"
+
+
+def test_a_folder_for_a_run_on_the_embedded_digits_is_refused(tmp_path: Path) -> None:
+    """The digits would be evaluated instead."""
+    config = SubjectConfig(run=str(trained(tmp_path / "run", "digits")))
+    config.data.root = "mine"
+    with pytest.raises(ConfigError, match=r"data\.root=mine has no effect on the embedded digits.*add data=folder"):
+        open_data(config, open_subject(config))
 
 
 def test_a_file_outside_of_a_run_directory_names_no_folder(tmp_path: Path) -> None:

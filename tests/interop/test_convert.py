@@ -100,6 +100,9 @@ def test_the_comparison_uses_the_images_of_the_run(tmp_path: Path, capsys: pytes
     config.data = SubjectDataConfig(name="folder", root=str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         convert_encoder(config)
+    config.data = SubjectDataConfig(root=str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        convert_encoder(config)
 
 
 # ---- files that are not kept ----

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from moco.models import fused_norm
 from moco.models.fused_norm import has_kernel
 from moco.models.norm import GroupedBatchNorm, set_calls_per_step, untracked
+from tests.interpreter import needs_interpreter
 
 pytest.importorskip("triton")
+pytestmark = needs_interpreter
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Relative to the largest number: float32's rounding, and that of results in half precision.

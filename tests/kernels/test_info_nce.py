@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moco.builder import KeyQueue, MoCo
 from moco.losses.streamed import MEASURES, Streamed, info_nce_streamed
+from tests.interpreter import needs_interpreter
 from tests.losses.loops import coins, unit
 
 tl = pytest.importorskip("triton.language")
@@ -21,7 +22,8 @@ T = 0.1
 # precision, in which the loss is as exact as in float32.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 EXACT = ("losses", "positive", "hardest", "log_sum", "negatives", "chance", "push")  # in any number type
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy: kernels compute with infinities
+# NumPy warns because kernels compute with infinities.
+pytestmark = [needs_interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 
 def tf32(x: Any) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.interpreter import needs_interpreter
 from tests.rehearsal import build
 from tests.rehearsal.run import STEPS, Job, Record
 
@@ -89,6 +90,7 @@ def test_steps_on_the_device_equal_those_on_the_cpu_and_wait_for_nothing(library
     check_recipes(library, tmp_path, ["digits", "moco_v3_digits", "simclr_digits"])
 
 
+@needs_interpreter
 @pytest.mark.slow
 def test_kernels_compute_the_same_steps(library: Path, tmp_path: Path) -> None:
     view = dict(jitter_p=1, brightness=0.4, contrast=0.4, hue=0.1, blur_p=0.5, solarize_p=0.5, crop_scale="[0.5,1]")
