@@ -1,14 +1,10 @@
 """An emulated MPS device, the GPU of a Mac: tensors on `mps` whose operations are computed by the CPU.
 
 `MpsDevice` refuses what MPS refuses or has computed wrongly. The process must have the library of `build` preloaded.
-
-    python -m tests.rehearsal.mps COMMANDS    # a JSON list of commands of moco, such as "knn device=mps"
 """
 
-import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -196,16 +192,3 @@ def _has_kernel(func: Any) -> bool:
 def environment(library: Path) -> dict[str, str]:
     """Return the environment of a process that can emulate the device."""
     return {**os.environ, "LD_PRELOAD": str(library), "CUDA_VISIBLE_DEVICES": ""}
-
-
-def main(commands: list[str]) -> None:
-    """Run commands of moco one after the other, with the emulated device."""
-    with MpsDevice():
-        for command in commands:
-            name, *words = command.split()
-            with patch("sys.argv", [f"moco.{name}", *words]):
-                runpy.run_module(f"moco.{name}", run_name="__main__")
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

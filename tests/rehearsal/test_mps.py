@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.rehearsal import mps
+from tests.rehearsal import commands, mps
 from tests.rehearsal.run import Record
 from tests.rehearsal.test_rehearsal import SMALL, differences, job
 
@@ -88,39 +88,8 @@ def test_planted_faults_are_found(library: Path, tmp_path: Path) -> None:
 def test_commands_on_mps_give_the_results_of_the_cpu(library: Path, tmp_path: Path) -> None:
     """Results of the evaluations, features, neighbors, groups of duplicates and outliers."""
     for device in ("mps", "cpu"):
-        rest = f"run={tmp_path / device} device={device} threads=1"
-        linear = f"linear seeds=1 batch_size=256 {rest}"
-        commands = [
-            f"train experiment=digits epochs=1 optim.warmup_epochs=0 evaluate.every_epochs=0 logger=[] {rest}",
-            f"knn {rest}",
-            f"{linear} epochs=2 sweep.lrs=[0.1,1]",
-            f"{linear} protocol=moco_v2 epochs=1 official.schedule=constant augment.flip_p=0.5",
-            f"finetune seeds=1 min_steps=1 epochs=1 fraction=0.2 {rest}",
-            f"embed {rest}",
-            *(f"search {mode} {rest}" for mode in ("sample=8", "mode=duplicates", "mode=outliers")),
-            f"report {rest}",
-        ]
-        run(library, "mps", json.dumps(commands))
-    ours, theirs = ({**results(tmp_path / device)} for device in ("mps", "cpu"))
+        run(library, "commands", "mps", json.dumps(commands.on(tmp_path, device)))
+    ours, theirs = (commands.results(tmp_path / device) for device in ("mps", "cpu"))
     assert ours.keys() == theirs.keys()
     assert ours == {name: pytest.approx(value, rel=1e-3) for name, value in theirs.items()}
     assert (tmp_path / "mps" / "report.html").stat().st_size > 0
-
-
-def results(folder: Path) -> dict[str, float]:
-    """Return all numbers of the results of a run, by their place in the file."""
-    files = [folder / "results.json", *sorted((folder / "search").glob("*.json"))]
-    found: dict[str, float] = {}
-    for file in files:
-        found |= numbers(json.loads(file.read_text()), file.name)
-    assert found
-    return found
-
-
-def numbers(value: Any, place: str) -> dict[str, float]:
-    if isinstance(value, dict):
-        return {name: x for key, each in value.items() for name, x in numbers(each, f"{place}/{key}").items()}
-    if isinstance(value, list):
-        return {name: x for at, each in enumerate(value) for name, x in numbers(each, f"{place}/{at}").items()}
-    timed = any(word in place for word in ("seconds", "time", "date"))
-    return {place: float(value)} if isinstance(value, int | float) and not timed else {}

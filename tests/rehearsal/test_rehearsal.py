@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from scripts.canvases import write_canvases
 from tests.interpreter import needs_interpreter
-from tests.rehearsal import build
+from tests.rehearsal import build, commands
 from tests.rehearsal.run import STEPS, Job, Record
 
 SMALL = "batch_size=32 model.bn_group_size=8"
 FLOAT32 = {("convolution", "float32"), ("product", "float32")}
 # The host may wait for the previous step: `NonFiniteGuard` reads its loss, `DelayedMaxOverRanks` the reasons to stop.
 LATE = ("moco/training/nonfinite.py", "moco/distributed.py")
+RANKED = ("duplicates.json", "nearest.json", "outliers.json")  # of moco.search
 pytestmark = pytest.mark.skipif(build.missing() != "", reason=build.missing())
 
 
@@ -158,6 +160,24 @@ def test_autocast(library: Path, tmp_path: Path, precision: str, dtype: str) -> 
     found = problems(half, products=in_autocast(dtype))
     # fp16's scaler skips steps: the host waits for every gradient
     assert [each for each in found if precision == "bf16" or "_check_finite" not in each] == []
+
+
+@pytest.mark.long
+def test_commands_give_the_results_of_the_cpu(library: Path, tmp_path: Path) -> None:
+    """All commands that compute on a GPU; `moco.convert` refuses one."""
+    write_canvases(tmp_path / "canvases", 12, 3, side=32)
+    for device in ("cuda", "cpu"):
+        words = [*commands.on(tmp_path, device), *commands.others_on(tmp_path, device)]
+        command = [sys.executable, "-m", "tests.rehearsal.commands", "cuda", json.dumps(words)]
+        env = build.environment(library)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=560, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    ours, theirs = (commands.results(tmp_path / device) for device in ("cuda", "cpu"))
+    assert ours.keys() == theirs.keys()
+    assert {name.split("/")[0] for name in ours} == {"results.json", *RANKED, "choose.json", "temperature.json"}
+    # Images of the same similarity, to rounding, may change places.
+    compared = [name for name in theirs if not (name.startswith(RANKED) and name.endswith("/row"))]
+    assert [ours[name] for name in compared] == [pytest.approx(theirs[name], rel=1e-3) for name in compared]
 
 
 @pytest.mark.slow
