@@ -187,7 +187,6 @@ def test_synchronized_bn_is_not_split_into_micro_batches() -> None:
     ("field", "value", "processes", "words"),
     [
         ("device", "cpu", 1, "device=cpu"),
-        ("compile", True, 1, "compile=true"),
         ("evaluate.online_probe", True, 1, "evaluate.online_probe"),
         ("method.temperature_schedule", "cosine", 1, "method.temperature_schedule=cosine changes"),
         ("method", MoCoConfig(mix_hardest=64, mix_pairs=8), 1, "method.mix_hardest=64 changes"),
@@ -205,7 +204,7 @@ def test_a_cuda_graph_needs_passes_that_do_not_change(field: str, value: Any, pr
 
     sentence = refusal(change, processes)
     assert all(each in sentence for each in ("cuda_graph=true", words, "set cuda_graph=false"))
-    allowed = TrainConfig(method=MoCoConfig(), cuda_graph=True)
+    allowed = TrainConfig(method=MoCoConfig(), cuda_graph=True, compile=True)
     check(allowed)
     check(allowed, processes=2)
 

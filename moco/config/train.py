@@ -224,9 +224,9 @@ class TrainConfig(StoppableConfig):
     """Compile the encoders with torch.compile. This takes minutes at the start and makes each step faster."""
     cuda_graph: bool = False
     """Repeat the forward and backward passes of a step as one CUDA graph, which the host launches once instead of
-    hundreds of kernels. The steps that analyse_every selects use no graph and need memory of their own. With several
-    processes, keys are encoded without the graph, and only MoCo v1, v2, v2+ and SupMoCo can be trained, without
-    model.bn=sync."""
+    hundreds of kernels; also with compile=true. The steps that analyse_every selects use no graph and need memory of
+    their own. With several processes, keys are encoded without the graph, and only MoCo v1, v2, v2+ and SupMoCo can be
+    trained, without model.bn=sync."""
     shard: bool = False
     """Divide weights, momentum copies, gradients and optimizer state among the processes (FSDP2 of torch), for networks
     that do not fit on a GPU otherwise; false: each process holds all of them (DDP). The results are the same;
@@ -298,7 +298,6 @@ def _check_cuda_graph(config: TrainConfig, processes: int) -> None:
     exchanges += ["model.bn=sync"] * (config.model.bn == "sync")
     why = f"{' and '.join(exchanges)} may exchange results between the {processes} processes"
     require(processes == 1 or not exchanges, f"cuda_graph=true repeats the work of one process, but {why}: {off}")
-    require(not config.compile, f"cuda_graph=true with compile=true was not tested: {off}, or compile=false")
     require(not config.evaluate.online_probe, f"cuda_graph=true hides the features from evaluate.online_probe: {off}")
     changing = ", ".join(config.method.changing())
     require(not changing, f"cuda_graph=true repeats one step, but {changing} changes from step to step: {off}")

@@ -152,9 +152,10 @@ def parity(setting: Setting) -> Iterator[Check]:
         fields = [f"experiment={name}", "precision=fp32"]
         worst = loss_difference(Recipe(fields, setting, torch.device("cpu")), Recipe(fields, setting))
         yield below(f"loss of 5 steps of {name}, relative difference from the CPU", worst, 1e-4)
-        if setting.device.type == "cuda":
-            worst = loss_difference(Recipe(fields, setting), Recipe([*fields, "cuda_graph=true"], setting))
-            yield below(f"loss of 5 steps of {name}, relative difference with a CUDA graph", worst, 1e-5)
+        for plain in (fields, [*fields, "compile=true"]) if setting.device.type == "cuda" else ():
+            worst = loss_difference(Recipe(plain, setting), Recipe([*plain, "cuda_graph=true"], setting))
+            what = " ".join([name, *plain[2:]])
+            yield below(f"loss of 5 steps of {what}, relative difference with a CUDA graph", worst, 1e-5)
     images = torch.randint(0, 256, (64, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     source = ArraySource(images, [""] * len(images))
     for name in ("digits", "cifar10_notebook", "moco_v2_imagenet"):
@@ -223,17 +224,17 @@ def stepped(overrides: list[str], setting: Setting) -> Tensor:
 
 def cifar(setting: Setting) -> Iterator[Check]:
     """Measure the step of the CIFAR-10 notebook: time, launches, idle share of the GPU."""
-    for what, field in {"eager": "compile=false", "compiled": "compile=true", "as a graph": "cuda_graph=true"}.items():
-        if setting.tiny and what != "eager":
+    for what in ("compile=false", "compile=true", "cuda_graph=true", "compile=true cuda_graph=true"):
+        if setting.tiny and what != "compile=false":
             continue
-        recipe = Recipe(["experiment=cifar10_notebook", field], setting)
+        recipe = Recipe(["experiment=cifar10_notebook", *what.split()], setting)
         each = milliseconds(recipe.step, setting.device, rounds=5, calls=1 if setting.tiny else 20)
         steps = 50_000 // recipe.config.batch_size
         yield Check(f"{what}: ms a step, {recipe.precision}", f"{each:.1f}")
         yield Check(f"{what}: seconds an epoch, without evaluation", f"{each * steps / 1e3:.2f}")
         launches, busy = profiled(recipe.step, setting.device)
-        if what != "as a graph":  # one launch
-            yield below(f"{what}: launches a step", launches, 450 if what == "eager" else 300)
+        if "graph" not in what:  # one launch
+            yield below(f"{what}: launches a step", launches, 450 if what == "compile=false" else 300)
         if setting.device.type == "cuda":
             yield Check(f"{what}: share of the step in which the GPU computes", f"{100 * busy / each:.0f} %")
 

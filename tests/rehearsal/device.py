@@ -199,6 +199,11 @@ class SoftDevice(TorchDispatchMode):
         self._library.standin_callback(self._callback)
         atexit.register(self._library.standin_callback, None)  # torch waits once more after the end of Python
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let torch.compile trace networks in this mode; the traced operations are then computed by it."""
+        return True
+
     def _note(self, kind: str) -> None:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"operation not permitted when stream is capturing: {kind}")

@@ -87,6 +87,7 @@ PATCHES: dict[str, tuple[str, Any]] = {
     "TF32": ("moco.runtime.device.set_float32_precision", lambda tf32: set_float32_precision(True)),
     "graph break": ("moco.models.norm.GroupedBatchNorm.forward", _graph_break),
     "graph of one batch": ("moco.training.graph.StepGraph._repeat", _with_first_batch()),
+    "no step before the capture": ("moco.training.graph.EAGER_STEPS", 0),
     "unequal exchange": ("torch.distributed.all_to_all_single", _unequal_exchange),
     "float64": ("moco.data.loader.float64_device", lambda device: device),
     "queued copy": ("moco.evaluation.features.copy_to_device", _queued_copy),

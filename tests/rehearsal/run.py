@@ -8,6 +8,7 @@ under torchrun, rank 0 writes its records.
 import json
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch import _dynamo as dynamo
+from torch._dynamo.backends.registry import lookup_backend
 from torch.nn.parallel import DistributedDataParallel
 
 from moco.composition import register
@@ -36,6 +38,7 @@ from tests.rehearsal.faults import PATCHES
 from tests.rehearsal.mps import MpsDevice
 
 STEPS = 4
+BACKEND = "aot_eager_decomp_partition"  # of torch.compile: all but the generation of kernels
 SETTINGS = ["epochs=1", "batch_size=64", "optim.warmup_epochs=0", "evaluate.every_epochs=0", "analyse_every=0"]
 
 
@@ -46,6 +49,7 @@ class Job(TypedDict):
     device: str
     fault: str  # a name of `faults.PATCHES`, or ""
     kernels: bool  # use moco's own kernels on the emulated device, interpreted: slow
+    steps: int  # a quarter of them come before the capture of a CUDA graph
 
 
 class Record(TypedDict):
@@ -58,6 +62,7 @@ class Record(TypedDict):
     products: set[tuple[str, str]]  # see `SoftDevice`
     kernels: set[str]  # names of moco's own kernels that were used
     graph_breaks: list[str]  # where and why torch.compile left a graph
+    compilations: list[tuple[int, bool]]  # of torch.compile: the number of the step, and whether in a capture
     error: str
 
 
@@ -83,9 +88,22 @@ def save_teacher(file: Path) -> str:
     return str(file)
 
 
-def _capture(module: nn.Module, compiled: Any = nn.Module.compile, **_: Any) -> None:
-    """Capture the graphs of `compile=true`, without compiling them."""
-    compiled(module, backend="eager")
+def _compile_for(record: Record) -> Callable[..., None]:
+    """Return a replacement of `nn.Module.compile` that notes compilations.
+
+    It does all that `compile=true` does, except that torch's operations compute the graphs, instead of new kernels.
+    """
+    compile_module = nn.Module.compile
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        capturing = record["job"]["device"] == "cuda" and torch.cuda.is_current_stream_capturing()
+        record["compilations"].append((len(record["measures"]), capturing))
+        return lookup_backend(BACKEND)(graph, inputs)
+
+    def replacement(module: nn.Module, **_: Any) -> None:
+        compile_module(module, backend=backend)
+
+    return replacement
 
 
 def untimed(forward: nn.Module) -> None:
@@ -97,7 +115,17 @@ def untimed(forward: nn.Module) -> None:
 def train(job: Job, folder: Path) -> Record:
     """Take the steps of one job."""
     soft = SoftDevice() if job["device"] == "cuda" else None
-    record = Record(job=job, measures=[], state={}, waits=[], products=set(), kernels=set(), graph_breaks=[], error="")
+    record = Record(
+        job=job,
+        measures=[],
+        state={},
+        waits=[],
+        products=set(),
+        kernels=set(),
+        graph_breaks=[],
+        compilations=[],
+        error="",
+    )
 
     class Steps(Trainer):
         def _train(self) -> None:
@@ -113,7 +141,7 @@ def train(job: Job, folder: Path) -> Record:
             super()._finish_step(done)
             if soft is not None:
                 soft.step = done
-            if done == STEPS:
+            if done == job["steps"]:
                 with averaged_running_statistics(self.method):
                     state = self.method.state_dict()
                     record["state"] = {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
@@ -128,10 +156,10 @@ def train(job: Job, folder: Path) -> Record:
     dynamo_utils.counters.clear()
     with (
         patch("moco.training.trainer.Trainer", Steps),
-        patch("torch.nn.Module.compile", _capture),
+        patch("torch.nn.Module.compile", _compile_for(record)),
         soft or {"mps": MpsDevice}.get(job["device"], nullcontext)(),
         own_kernels(job["kernels"]) as record["kernels"],
-        patch("moco.training.graph.EAGER_STEPS", 1),
+        patch("moco.training.graph.EAGER_STEPS", job["steps"] // 4),
         patch("torch.cuda.CUDAGraph.replay", lambda _: soft.graph.replay() if soft else None),
         fault,
     ):

@@ -43,3 +43,18 @@ def test_batch_norm_over_groups_compiles(tmp_path: Path, kernels: str) -> None:
     command = [sys.executable, "-m", "tests.rehearsal.inductor"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(build.missing() != "", reason=build.missing())
+def test_a_graph_of_compiled_networks_needs_nothing_else(tmp_path: Path) -> None:
+    """Before the capture, all kernels are compiled; the graph uses its own memory and tensors that stay in place."""
+    env = build.environment(build.build(tmp_path), null=True)
+    env |= {name: str(tmp_path / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+    recipe = "digits method.symmetric=true channels_last=true precision=bf16"
+    command = [sys.executable, "-m", "tests.rehearsal.captured", str(tmp_path / "captured.json"), recipe]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=560, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads((tmp_path / "captured.json").read_text())
+    assert min(found["kernels"].values()) > 0
+    assert found["late"] + found["unknown"] == []
