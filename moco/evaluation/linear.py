@@ -234,7 +234,7 @@ def _features(task: Task[LinearConfig], network: LayerFeatures | None, source: S
 def _evaluated(task: Task[LinearConfig], head: LinearHead, features: Tensor) -> Metrics | AveragePrecision:
     """Return the metrics on the held-out images.
 
-    The features (M, D) need not fit into memory. If images have one class each, neither need the scores (M, L).
+    The features (M, D) need not fit into memory. If images have one class each, the scores (M, L) need not fit either.
     """
     trained, truth = task.train.multi_labels, task.held_out.multi_labels
     device = float64_device(task.device)

@@ -20,7 +20,10 @@ class CheckpointError(ValueError):
 
 
 class CodeRefused(CheckpointError):
-    """A file that torch refuses to unpickle, for example because it holds code, or an archive of another kind."""
+    """Raised if torch refuses to unpickle a file, for example because it holds code.
+
+    Also raised if the file is an archive of another kind than torch.save's, for example a program of TorchScript.
+    """
 
 
 class _Settings:
