@@ -70,7 +70,7 @@ class HubSource(Source):
     def content_fingerprints(self) -> NDArray[np.int64]:
         """Return the size of each image in bytes, which Arrow's offsets give without reading the image.
 
-        In a column of arrays they are all equal, so that `moco.data.duplicates` compares the pixels.
+        For a column of arrays, return 0 for each image, so that `moco.data.duplicates` compares the pixels of all.
         """
         if not self.encoded:
             return np.zeros(len(self), np.int64)

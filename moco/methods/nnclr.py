@@ -12,10 +12,10 @@ One training step is the paper's Algorithm 1 (see `moco/training/step.py`):
 
 L(nn, p) is the cross entropy of each neighbor with the predictions of all images of the batch; only p has a gradient.
 
-The candidates of a neighbor are always the predictions of the whole batch. With micro-batches, `encode_keys` computes
-them first, without gradient, which costs one more forward pass. Each micro-batch then computes its own predictions with
-gradient, and puts them in the place of the first ones. The gradients of all micro-batches and processes add up to that
-of the batch.
+The loss always compares a neighbor with the predictions of the whole batch. With micro-batches, `encode_keys` computes
+these predictions first, without gradient, which costs one more forward pass. Each micro-batch then computes its own
+predictions with gradient, and puts them in the place of the first ones. The gradients of all micro-batches and
+processes add up to that of the batch.
 
 Deliberate deviation: the projector's last BN has no weight and bias, and the predictor's last layer no bias, as in
 MoCo v3.

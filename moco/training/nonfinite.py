@@ -2,13 +2,14 @@
 
 The first such step is saved to `step_N.pt`, in which N counts from 1, with the keys "step" and "epoch" (both from 0),
 "what" (the loss and the gradient norm), "index" (the image indices of the global batch in the order of the ranks: rank
-r had the r-th of "world_size" equal parts), "rank" (0, which wrote the file), and the state of training. The views are
-a function of the seed, the epoch and the images (with data.weights, the samples of `Plan.samples`), so the step can be
-reproduced.
+r had the r-th of "world_size" equal parts), "rank" (0, which wrote the file), and the state of training before the
+step. The views are a function of the seed, the epoch and the image indices, so the step can be reproduced. With
+data.weights, an epoch can use an image several times, each time with different views; the views are then a function of
+the sample indices, which `Plan.samples` yields, instead of the image indices.
 
 If no steps may be skipped, the host does not wait for a GPU, except in fp16: it reads the loss of a step after it has
-queued the next one, and before anything is saved. A non-finite step has then already changed the weights; no checkpoint
-contains them, and the run ends.
+queued the next one, and before anything is saved. A non-finite step has then already changed the weights: the file
+holds the state after the step, no checkpoint contains these weights, and the run ends.
 """
 
 import math
@@ -51,7 +52,8 @@ class NonFiniteGuard:
         self.in_step, self.skipped = in_step, skipped
         self._plan, self._limit = plan, limit
         self._folder, self._state, self._log = folder, state, log
-        # The last step: number, samples (n,), loss and gradient norm (2,), and the event of their arrival on the host.
+        # The last step: number, image indices (n,), loss and gradient norm (2,), and the event of their arrival on the
+        # host.
         self._pending: tuple[int, Tensor, Tensor, torch.cuda.Event | None] | None = None
 
     def skip(self, step: int, index: Tensor, error: NonFiniteLoss) -> None:
