@@ -118,8 +118,9 @@ class SubjectDataConfig(SourceConfig):
     """The images that a command uses and, if it needs them, their labels. A field that is null has the run's value.
 
     If name or root differs from the run's, a field that is null has the default of `DataConfig` instead, except
-    name, channels, dtype, bits and preview. A checkpoint outside of a run directory provides no paths: set root
-    (except for digits) and, where they are needed, label_file, eval_root and more_roots.
+    name, channels, dtype, bits and preview. If the description of a field explains null, it means null in the run or as
+    the default. A checkpoint outside of a run directory provides no paths: set root (except for digits) and, where they
+    are needed, label_file, eval_root and more_roots.
     """
 
     hold_out: float = bounded(0.0, ge=0, lt=1)
