@@ -21,7 +21,11 @@ Features = Callable[[Tensor], Tensor]  # images (N, C, S, S) to features (N, D)
 def save_onnx(path: Path, backbone: nn.Module, images: Mapping[str, Any]) -> None:
     """Write a `.onnx` file with the input "images" (batch, C, S, S) and the output "features" (batch, D).
 
-    The backbone must be in eval mode, on the CPU. The file's metadata hold `images` as JSON: "size" and other values.
+    Args:
+        path: of the file.
+        backbone: in eval mode, on the CPU.
+        images: describes the input: "size" (S), "mean" and "std" (C values each), ... The file's metadata hold it as
+            JSON, under the key "images".
 
     Raises:
         ConfigError: if a package is missing.

@@ -63,7 +63,7 @@ def vit(
         weight_init="moco",  # Xavier; query, key and value as three; class token of std 1e-6
         **options,
     )
-    network.map_layer = "norm"
+    network.map_layer = "norm"  # the layer that returns the tokens, see `build_backbone`
     side = img_size // patch_size
     network.pos_embed = nn.Parameter(sin_cos_positions(side, dim)[None], requires_grad=False)  # (1, 1 + P, D)
     patches = network.patch_embed

@@ -1,8 +1,8 @@
 """The table of moco.embed: one line for each row of the features, with its image and the classes of the image.
 
 The columns are row (in the features), id (in the source) and path. Labeled images also have label (an index) and class
-(its name). If images can have several labels each, these columns are labels and classes: lists in Parquet, and in CSV
-texts whose parts are separated by data.label_separator.
+(its name). If images can have several labels each, these columns are labels and classes. In Parquet they hold lists; in
+CSV they hold strings, whose parts are separated by data.label_separator.
 """
 
 import os

@@ -46,7 +46,8 @@ class MaskedImages:
 
     Attributes:
         pairs: Paths of the image and of the mask, for each image.
-        classes: Names of the classes 0, 1, ...; empty until they are counted.
+        classes: Names of the classes 0, 1, ... If neither the layout nor the configuration names them, empty until all
+            masks are read.
         table: The class of each value in a mask file, (256,): a number, `IGNORED`, or -1 for a value that is refused.
     """
 
@@ -196,7 +197,7 @@ def _folder(root: Path, field: str) -> list[tuple[str, str]]:
 
 
 def _voc(root: Path, split: str) -> list[tuple[str, str]]:
-    """Return the pairs of a list ImageSets/Segmentation/SPLIT.txt, of the year 2012 if there are several."""
+    """Return the pairs of ImageSets/Segmentation/SPLIT.txt in `root`, or else in its VOC2012 or VOCdevkit/VOC2012."""
     places = [root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"]
     base = next((each for each in places if (each / "ImageSets" / "Segmentation").is_dir()), None)
     if base is None:

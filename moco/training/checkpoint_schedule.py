@@ -32,7 +32,7 @@ class CheckpointSchedule:
         return minutes > 0 and time.monotonic() - self._saved > 60 * minutes
 
     def saved(self) -> None:
-        """Note that a checkpoint is being written now."""
+        """Record the current time as that of the last checkpoint."""
         self._saved = time.monotonic()
 
     def _at_epoch(self, epochs: int, done: int) -> bool:
