@@ -57,8 +57,8 @@ class LinearConfig(SubjectConfig):
     epochs: int = bounded(100, ge=1)
     """Passes over the training features or images."""
     batch_size: int = bounded(512, ge=1)
-    """Images per step, over all processes. If there are fewer training images, it is lowered to their number, or with
-    kind=official to the largest power of two that does not exceed it."""
+    """Images per step, over all processes. If there are fewer training images, their number is used, or with
+    kind=official the largest power of two up to their number."""
     momentum: float = bounded(0.9, ge=0, lt=1)
     """Momentum of SGD."""
     seeds: int = bounded(1, ge=1)

@@ -22,10 +22,10 @@ class SearchConfig(EmbedConfig):
     """What to find: nearest (the most similar images to each query), duplicates (groups: an image to keep, and the
     images that may be copies of it), or outliers (images that resemble no others)."""
     query: list[str] = bounded([], path=True)
-    """For mode=nearest: images to search for, as in query=[a.jpg,b.jpg]: files, also outside of the data set, or names
-    in the table of the index, such as clips/a.mp4@1.000 for the frame of a video."""
+    """For mode=nearest: the query images, as in query=[a.jpg,b.jpg]: files, also outside of the data set, or names in
+    the table of the index, such as clips/a.mp4@1.000 for the frame of a video."""
     sample: int = bounded(0, ge=0)
-    """For mode=nearest: search for N random images of the data set; 0: for 8 if `query` is empty, else for none."""
+    """For mode=nearest: use N random images of the data set as queries; 0: use 8 if `query` is empty, else none."""
     k: int = bounded(12, ge=1)
     """Number of nearest neighbors. For mode=outliers, an image's score is its mean similarity to them."""
     threshold: float = bounded(0.97, gt=-1, le=1, example="threshold=0.97")

@@ -41,7 +41,7 @@ class EncoderConfig(ComputeConfig):
     """Directory for results.json and figures. Empty: the run's directory; for an encoder.safetensors of
     moco.train, the directory that holds it; for any other checkpoint=.../NAME.ending, runs/NAME."""
     seed: int = bounded(0, ge=0, lt=2**64)
-    """Seed of all random choices: labels, orders, views, initial weights."""
+    """Seed of all random choices, such as subsets of the labeled images, orders, views and initial weights."""
 
 
 @dataclass

@@ -219,14 +219,14 @@ class TrainConfig(StoppableConfig):
     shows that it is at least 1.2 times as fast; else fp32. A resumed run keeps its precision."""
     channels_last: bool = True
     """Store images in channels-last memory format. Convolutions are then faster; results are equal up to rounding. It
-    has no effect with device=mps, where versions of torch compute wrong gradients for it, see docs/gpu.md."""
+    has no effect with device=mps, where some versions of torch compute wrong gradients for it, see docs/gpu.md."""
     compile: bool = False
     """Compile the encoders with torch.compile. This takes minutes at the start and makes each step faster."""
     cuda_graph: bool = False
-    """Repeat the forward and backward passes of a step as one CUDA graph, which the host launches once instead of
-    hundreds of kernels; also with compile=true. The steps that analyse_every selects use no graph and need memory of
-    their own. With several processes, keys are encoded without the graph, and only MoCo v1, v2, v2+ and SupMoCo can be
-    trained, without model.bn=sync."""
+    """Record the forward and backward passes of a step as a CUDA graph, and replay it in later steps: the host launches
+    one graph instead of hundreds of kernels. compile=true can be set too. The steps that analyse_every selects use no
+    graph and need memory of their own. With several processes, keys are encoded without the graph, and only MoCo v1,
+    v2, v2+ and SupMoCo can be trained, without model.bn=sync."""
     shard: bool = False
     """Divide weights, momentum copies, gradients and optimizer state among the processes (FSDP2 of torch), for networks
     that do not fit on a GPU otherwise; false: each process holds all of them (DDP). The results are the same;
