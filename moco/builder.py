@@ -146,7 +146,7 @@ def update_momentum_encoder(momentum_encoder: nn.Module, encoder: nn.Module, mom
 
 
 def encode_queries(encoder: nn.Module, views: Sequence[Tensor], directions: Directions) -> dict[int, Tensor]:
-    """Return the queries, {view: (N, C)}, of the views in `directions` and of the small ones.
+    """Return the queries, {view: (N, C)}, of the query views in `directions` and of all small views.
 
     Small views leave BN's running statistics unchanged: the features are used later for images of the full size.
     """

@@ -182,7 +182,7 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     if world_size() == 1:
         return
     gradients = [each.grad for each in parameters if each.grad is not None]
-    # In the order of their memory, which is dense: a copy would be needed to flatten channels-last gradients.
+    # Flat views in the order of the memory, which is dense. `flatten` would copy a gradient that is channels-last.
     flat = [each.as_strided((each.numel(),), (1,)) for each in gradients]
     means = mean_over_ranks(torch.cat(flat))
     torch._foreach_copy_(flat, means.split([each.numel() for each in flat]))

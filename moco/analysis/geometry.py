@@ -23,8 +23,8 @@ MOST_SHARPNESS = 20.0  # up to this t, exp(-4 t), the potential of antipodal poi
 def alignment(query: Tensor, key: Tensor, alpha: float = 2.0) -> Tensor:
     """Compute the mean of |q - k|^alpha over positive pairs: the rows of query and key, both (N, C).
 
-    Wang & Isola (2020), Sec. 4.1, L_align. With alpha = 2 it is 2 - 2 times the mean positive similarity. The result of
-    shape () is 0 (equal views) ... 2**alpha (antipodal); alpha must be above 0.
+    Wang & Isola (2020), Sec. 4.1, L_align. With alpha = 2 the result is 2 - 2 s, where s is the mean similarity of the
+    positive pairs. The result of shape () is 0 (equal views) ... 2**alpha (antipodal); alpha must be above 0.
     """
     if query.shape != key.shape or query.ndim != 2 or len(query) == 0:
         raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must both be (N, C) with N at least 1")

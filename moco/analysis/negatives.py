@@ -30,7 +30,7 @@ def relative_penalty(similarity: Tensor, temperature: float | Tensor) -> Tensor:
     """Compute each negative's share of the push: r_ij = exp(s_ij / T) / sum over negatives k of exp(s_ik / T).
 
     Wang & Liu (2021), Sec. 3, |dL/ds_ij| / |dL/ds_ii|: a Boltzmann distribution. At T near 0 the nearest negative gets
-    all of the push, at a large T all get equal shares. The curves of their figure are
+    all of the push, at a large T all negatives get equal shares. The curves of the paper's figure are
 
         relative_penalty(torch.linspace(-1, 1, 201), torch.tensor([0.07, 0.2, 1.0])[:, None])  # (3, 201)
 
@@ -49,8 +49,9 @@ def relative_penalty(similarity: Tensor, temperature: float | Tensor) -> Tensor:
 def effective_negatives(weights: Tensor) -> Tensor:
     """Compute how many negatives contribute to the gradient, shape (...): 1 (one negative has all) ... K.
 
-    This is exp of the entropy of the shares, `relative_penalty` (..., K): their perplexity, or Hill number of order 1.
-    Like the effective rank, it is k for k equal shares; the inverse Simpson index would be an alternative.
+    `weights` are the shares of the negatives, `relative_penalty` (..., K). The result is exp of their entropy: their
+    perplexity, or Hill number of order 1. For k equal shares the result is k, as for the effective rank; the inverse
+    Simpson index would be an alternative.
     """
     entropy: Tensor = torch.special.entr(weights).sum(dim=-1)
     return entropy.exp()
@@ -80,7 +81,7 @@ def hardness(logits: Tensor, top: int = 10) -> Hardness:
     """Compute the means of `Hardness` in one pass over the logits, a few queries at a time.
 
     The logits (N, 1 + K) are those of `moco.losses.info_nce`: the positive in column 0, -inf for an entry that is not a
-    negative. Each row needs a negative. `top` is for `top_share`; K if K is smaller.
+    negative. Each row needs a negative. `top` is that of `top_share`; a `top` above K is replaced by K.
     """
     if logits.ndim != 2 or len(logits) == 0 or logits.shape[1] < 2:
         raise ValueError(f"logits {tuple(logits.shape)} must be (N, 1 + K) with N and K at least 1")
@@ -99,8 +100,8 @@ class Explained(NamedTuple):
     """Softmax, loss and gradient of one query at B temperatures, float64."""
 
     softmax: Tensor  # (B, 1 + K)
-    loss: Tensor  # (B,), -log of the answer's softmax
-    gradient: Tensor  # (B, 1 + K), with respect to the similarities: negative for the answer; each row sums to 0
+    loss: Tensor  # (B,), -log of the positive's softmax
+    gradient: Tensor  # (B, 1 + K), with respect to the similarities: below 0 for the positive; each row sums to 0
 
 
 @torch.no_grad()
@@ -110,9 +111,10 @@ def explain_temperature(similarity: Tensor, answer: int, temperatures: Tensor) -
         grid = torch.logspace(-2, 0, 100)
         right, wrong = (explain_temperature(torch.tensor([0.8, 0.5, 0.1]), answer, grid) for answer in (0, 1))
 
-    If the answer is the most similar candidate (right), loss and gradient vanish at a low T. Otherwise (wrong) both are
-    large at a low T, and the hardest candidate gets all of the push. `similarity` (1 + K,) is that of the candidates,
-    `answer` the index of the positive among them. The `temperatures` (B,) are above 0.
+    `similarity` (1 + K,) holds the similarity of the query to each candidate, and `answer` is the index of the positive
+    among the candidates. The `temperatures` (B,) are above 0. If the positive is the most similar candidate (right),
+    loss and gradient vanish at a low T. Otherwise (wrong) loss and gradient are large at a low T, and the most similar
+    negative gets all of the push.
     """
     if similarity.ndim != 1:
         raise ValueError(f"similarity {tuple(similarity.shape)} must be (1 + K,)")

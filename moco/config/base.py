@@ -64,7 +64,10 @@ EXTRAS = {
 
 
 def optional_module(name: str, purpose: str, extra: str, instead: str = "") -> Any:
-    """Import a module, or raise a ConfigError that says what needs it, how to install it, and what else would help."""
+    """Import a module, or raise a ConfigError that says for which purpose it is needed and how to install it.
+
+    `instead` ends the message with another setting that avoids the module.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -79,7 +82,7 @@ def install(extra: str) -> str:
 
 @dataclass(frozen=True)
 class Bounds:
-    """The values that a field accepts. For a list, `ge`, `gt`, `le`, `lt` and `choices` apply to each element."""
+    """The values that a field accepts, see `bounded`. In a list, ge, gt, le, lt and choices apply to each element."""
 
     ge: float | None = None
     gt: float | None = None
@@ -144,8 +147,8 @@ def bounded(default: Any, **bounds: Any) -> Any:
     Args:
         default: The default value.
         bounds: The fields of `Bounds`: ge, gt, le, lt (numbers), choices (names), min_length, max_length and unique
-            (lists; min_length=1 refuses an empty string too), path (text that names a file or directory, or a list of
-            such: see `expand_paths`), example (a valid setting for the error message).
+            (lists; min_length=1 refuses an empty string too), path (a text that names a file or directory, or a list of
+            such texts: see `expand_paths`), example (a valid setting for the error message).
     """
     metadata = {"bounds": Bounds(**bounds)}
     if isinstance(default, list):
@@ -154,7 +157,7 @@ def bounded(default: Any, **bounds: Any) -> Any:
 
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[Any, str, str, Any, Bounds]]:
-    """Yield each field of a configuration and its groups: its group, name, dotted name, value and bounds."""
+    """Yield a tuple for each field of a configuration and its groups: (group, name, dotted name, value, bounds)."""
     for each in fields(config):
         value = getattr(config, each.name)
         if is_dataclass(value):
@@ -169,14 +172,15 @@ def check_bounds(config: Any, prefix: str = "") -> None:
     Integers, except seeds, must be at most `LARGEST`.
 
     Raises:
-        ConfigError: for the first invalid value, with its dotted field (after `prefix`) and what is accepted.
+        ConfigError: for the first invalid value. The message has `prefix` and the dotted name of the field, and the
+            accepted values.
     """
     for _, _, name, value, bounds in _leaves(config, prefix):
         for dotted, number in _floats(name, value):
             require(math.isfinite(number), f"{dotted}={number} must be a finite number")
         error = "" if value is None else bounds.error(name, value)
         require(not error, error)
-        if isinstance(value, int) and bounds.lt is None:  # a seed has 64 bits
+        if isinstance(value, int) and bounds.lt is None:  # a seed has a bound `lt` of its own, 2**64
             require(abs(value) <= LARGEST, f"{name}={value} must be at most {LARGEST}")
 
 

@@ -54,7 +54,7 @@ class MethodConfig:
         return 2 if self.symmetric else 1
 
     def changing(self) -> list[str]:
-        """Return the settings that make the forward pass differ from step to step: a CUDA graph cannot repeat it."""
+        """Return the settings with which the forward pass changes from step to step, so no CUDA graph can repeat it."""
         kind = self.temperature_schedule
         return [f"method.temperature_schedule={kind}"] if kind == "cosine" else []
 
@@ -67,7 +67,7 @@ class MethodConfig:
     def build(self, config: "TrainConfig", encoder: Any, labels: Any) -> Any:
         """Return the method, a `moco.builder.Method`, that trains `encoder`, a new `moco.models.encoder.Encoder`.
 
-        `labels` are the classes of the training images, a tensor (samples,); None unless `self.labels`.
+        `labels` are the classes of the training images, a tensor (images,); None unless `self.labels`.
         """
         raise NotImplementedError
 

@@ -8,7 +8,7 @@ from typing import Any
 
 # Text that needs no quotes for Hydra to read it unchanged. (Quotes would always be correct, but they are hard to read.)
 _UNQUOTED = re.compile(r"[A-Za-z_./][A-Za-z0-9_./:@%+-]*")
-_KEYWORDS = {"true", "false", "null", "nan", "inf"}  # Hydra reads these as values
+_KEYWORDS = {"true", "false", "null", "nan", "inf"}  # without quotes, Hydra does not read these words as text
 
 
 def override(name: str, value: Any) -> str:
@@ -28,5 +28,5 @@ def value_text(value: Any) -> str:
 
 
 def quoted(text: str) -> str:
-    """Quote text for Hydra. Only backslashes before a quote, or at the end, are special there: they are doubled."""
+    """Quote text for Hydra: escape each quote, and double the backslashes directly before a quote or at the end."""
     return '"' + re.sub(r'(\\*)("|\Z)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), text) + '"'

@@ -79,7 +79,7 @@ class Findings:
 
 
 def check_data(config: CheckDataConfig) -> None:
-    """Do the work of `moco.check_data`."""
+    """Check the images or shards of `config.data`, print what is wrong, and write the report to `config.output`."""
     check_output_file(Path(config.output), "check_data.json")
     if config.data.name == "shards":
         _check_shards(config.data, Path(config.output))
@@ -153,7 +153,7 @@ def suggest(
         images: the number of training images.
         budget: epochs times images per epoch.
         stats: mean and std of each channel, which the command then contains.
-        drawn: images per epoch, if data.weights changes their number.
+        drawn: images per epoch, if data.weights changes this number; 0: the same as `images`.
     """
     drawn = drawn or images
     is_rgb8 = (data.channels, data.dtype) == (RGB.channels, RGB.dtype)
@@ -188,7 +188,7 @@ def suggest(
     minutes = recipe["epochs"] * drawn / BUDGET * 10
     time = f"{minutes:.0f} minutes" if minutes >= 1.5 else "a minute"
     lines = [f"next: {training}", f"this takes about {time} on two CPU cores"]
-    if images < FEW_IMAGES:  # and not of 8-bit RGB, for which weights are published
+    if images < FEW_IMAGES:  # few images in 8-bit RGB are handled above
         lines.append(f"{images} images are few: the run's summary shows whether training has improved the encoder")
     if "augment.brightness" in normalization:
         lines.append("augment.brightness=0, because the mean is large against the standard deviation")
@@ -196,7 +196,7 @@ def suggest(
 
 
 def _possible_classes(folder: Checked) -> list[str]:
-    """Return the folders of a data set if each image lies in one of several; else []."""
+    """Return the top-level folders of a data set if there are several and each image lies in one of them; else []."""
     names = [folder.name(i).partition("/") for i in range(len(folder))]
     found = sorted({first for first, _, _ in names})
     return found if len(found) > 1 and all(slash for _, slash, _ in names) else []
@@ -228,7 +228,7 @@ def find_obstacles(data: DataConfig, lengths: Sequence[int], findings: Findings)
         readable = sizes[sizes[:, 0] > 0]
         unreadable = len(sizes) - len(readable)
         counted, fix = f"{unreadable:,} of the {len(sizes):,} {name} images cannot be read", "repair or remove them"
-        if unsupported := findings.files.get("unsupported"):  # intact: the reason names the fields that read them
+        if unsupported := findings.files.get("unsupported"):  # intact files: the reason names the fields to set
             fix = f"{unsupported[0]['path']}: {unsupported[0]['reason']}; otherwise {fix}"
         if unreadable and not len(readable):
             kind = max(FAULTS, key=lambda each: findings.counts[each])
@@ -251,7 +251,7 @@ def _share(unreadable: int, sizes: NDArray[np.int32]) -> float:
 
 
 def describe(config: CheckDataConfig, folders: Sequence[Checked], findings: Findings) -> dict[str, Any]:
-    """Return the report, of plain types."""
+    """Return the report as dicts, lists, numbers and texts, which JSON can hold."""
 
     def described(kinds: dict[str, str]) -> dict[str, Any]:
         return {
@@ -290,9 +290,10 @@ def stats_of(findings: Findings) -> dict[str, list[float]]:
 
 
 def duplicates(folders: Sequence[Checked], findings: Findings) -> dict[str, Any]:
-    """Find images with the same content: their groups, the number of copies, and held-out images in the training set.
+    """Find images with the same content: the bytes of the file, or the pixels of a frame of a video.
 
-    The content is the bytes of the file, or the pixels of a frame of a video.
+    Returns the paths of such images in groups, the number of copies, and the number of held-out images that are also
+    training images.
     """
     rows = np.flatnonzero(findings.sizes[:, 0])
     _, group, count = np.unique(findings.digests[rows].view("S16"), return_inverse=True, return_counts=True)
@@ -331,7 +332,7 @@ def size_distribution(sizes: NDArray[np.int32]) -> dict[str, Any]:
 
 
 def _write(report: dict[str, Any], output: Path, root: str, content: str) -> None:
-    """Write the report and print its path; `content` names what it lists."""
+    """Write the report and print its path; `content` names what the report lists."""
     replaced = _replaced(output, root)
     write_json(output, report)
     log(f"written: {output.absolute()}, with {content}{replaced}")

@@ -2,8 +2,8 @@
 
 ATen resizes them in float32, whose sums depend on the device and on the batch. Here each output pixel is a weighted sum
 in float64 whose terms are added one after the other, in the order of the input pixels. So a crop has the same bits
-alone or in a batch, on any device, and one that is not resized keeps the bits of the image. uint16 is rounded
-once, at the end.
+alone or in a batch, on any device, and a crop that is not resized keeps the bits of the image. Values of uint16 images
+are rounded once, at the end.
 
 Legend: N samples, n of them in a part, C channels, H x W image, S output size, K weights (taps) per output pixel.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from moco.distributed import copy_to_device
 
 Taps = Callable[..., tuple[NDArray[np.float64], NDArray[np.float64]]]  # `antialiased_taps` or `plain_taps`
-# The most tensor elements of a part of a batch, to bound memory; on a CPU, so that they stay in its cache.
+# Largest number of tensor elements in a part of a batch, to bound memory. On a CPU, a part also fits into the cache.
 _PART_CPU, _PART_ELSEWHERE = 2**21, 2**26
 
 

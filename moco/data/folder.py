@@ -1,4 +1,4 @@
-"""Folders of image files as a data set, with or without class folders; ImageNet is one of them.
+"""Folders of image files as a data set, with or without class folders. ImageNet is such a data set.
 
 Legend: N images.
 """
@@ -41,7 +41,7 @@ class FolderSource(Source):
     unlistable: Mapping[str, str] = field(default_factory=dict)  # folders that cannot be listed -> reason
     broken: Mapping[str, str] = field(default_factory=dict)  # broken links whose names have no image ending -> target
     multi_labels: NDArray[np.bool_] | None = None  # see `Source`
-    more_roots: tuple[str, ...] = ()  # absolute; each path then begins with the number of its root, from 0
+    more_roots: tuple[str, ...] = ()  # absolute; with more roots, each path begins with the number of its root, from 0
     draws: tuple[tuple[int, int], ...] = ()  # see `Source`
 
     def __len__(self) -> int:
@@ -214,8 +214,8 @@ def scan(
         field: the field that names the root, for errors.
         root: the folder.
         labels: "none" or "folder".
-        keep_unlistable: if a folder cannot be listed, return a source that names it, as long as an image (with labels:
-            two classes) is left; False: raise an error.
+        keep_unlistable: what to do if a folder cannot be listed. True: return a source that names this folder, provided
+            that an image is found (with labels: images of two classes). False: raise an error.
         min_classes: the smallest number of classes, with labels.
         endings: of the files to find.
         table: the label file, which does not count as a file that is left out.

@@ -70,7 +70,7 @@ class HubSource(Source):
     def content_fingerprints(self) -> NDArray[np.int64]:
         """Return the size of each image in bytes, which Arrow's offsets give without reading the image.
 
-        For a column of arrays, return 0 for each image, so that `moco.data.duplicates` compares the pixels of all.
+        For a column of arrays, return 0 for each image: `moco.data.duplicates` then compares the pixels of all images.
         """
         if not self.encoded:
             return np.zeros(len(self), np.int64)
@@ -120,7 +120,7 @@ def open_hub(config: DataConfig) -> Sources:
 
 def _load(root: str, subset: str) -> Mapping[str, Any]:
     """Return all splits by name."""
-    datasets = optional_module("datasets", "data.name=huggingface", "huggingface")  # takes a second
+    datasets = optional_module("datasets", "data.name=huggingface", "huggingface")  # the import takes a second
     folder = Path(root).expanduser()
     is_path = folder.exists() or os.path.isabs(root) or root.startswith(".")
     try:
@@ -190,9 +190,10 @@ def _labels(
     import datasets
 
     features = table.features
-    kinds = {name: _element(kind) for name, kind in features.items()}  # for a column of lists, of its elements
+    kinds = {name: _element(kind) for name, kind in features.items()}  # for a column of lists, the type of the elements
     classes = [name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
-    fitting = [name for name in classes if kinds[name] is features[name]] or classes  # one class per image, or lists
+    # Columns with one class per image; if there are none, columns of lists.
+    fitting = [name for name in classes if kinds[name] is features[name]] or classes
     if given == "none" or (not given and not fitting):
         return None, ()
     column = _column("label_column", given, fitting, table.column_names, where, "class labels")

@@ -24,7 +24,7 @@ from moco.distributed import is_rank_zero
 
 COLUMNS = ("path", "label", "split")
 UNUSED = "unused"  # the split of images that are neither trained on nor evaluated
-# What to do about an empty value of a column. Removing only the row is not enough: each image needs one.
+# What to do about an empty value of a column. Removing only the row is not enough: each image needs a row.
 _EMPTY = "fill it in, or remove the row and move its image out of data.root"
 _EMPTY_LABEL = (
     f"fill it in, or give the row the split {UNUSED}; if images can have several labels or none, set "
@@ -35,7 +35,7 @@ _EMPTY_LABEL = (
 class Row(NamedTuple):
     """The label and the split of an image."""
 
-    place: str  # such as "line 8" of a CSV file, or "row 7" of a Parquet file
+    place: str  # of the row in the table: "line 8" of a CSV file, or "row 7" of a Parquet file
     label: str | tuple[str, ...]  # a tuple of any length if images can have several labels
     split: str  # "" if the table has no such column
 
@@ -193,7 +193,7 @@ def _csv_rows(file: str, where: str) -> Iterator[tuple[str, list[Any]]]:
             table = csv.DictReader(lines)
             columns = _columns(table.fieldnames or [], where)
             for row in table:
-                place = f"line {table.line_num}"  # its last line, if a value in quotes has several
+                place = f"line {table.line_num}"  # the last line of the row, if a value in quotes has several lines
                 if None in row:
                     raise ValueError(
                         f"{where}: {place} has more values than there are columns: put a value that contains a "

@@ -63,7 +63,7 @@ class DatasetSource(Source):
 
 
 def open_datasets(open_dataset: Callable[[DataConfig], Any], config: DataConfig) -> Sources:
-    """Open what the function returns: a data set, or a pair (training, held-out) of them."""
+    """Open what `open_dataset` returns: a data set, or a pair of data sets (training, held-out)."""
     found = open_dataset(config)
     splits = found if isinstance(found, tuple) else (found,)
     problem = f"data.name={config.name}: {len(splits)} data sets instead of one, or of a pair (training, held-out)"
@@ -95,7 +95,7 @@ def _source(name: str, part: str, dataset: Any) -> DatasetSource:
 def _labels(name: str, dataset: Any) -> NDArray[np.int64] | NDArray[np.bool_] | None:
     """Return the attribute `targets` or `labels`, as torchvision's data sets have, or else the labels of all items.
 
-    Labels are (N,), or (N, L) with 0 and 1 if images can have several.
+    Labels are (N,), or (N, L) with 0 and 1 if images can have several. None if the items have no labels.
     """
     stored = getattr(dataset, "targets", getattr(dataset, "labels", None))
     if stored is None or len(stored) != len(dataset):

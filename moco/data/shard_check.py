@@ -12,7 +12,7 @@ from moco.runtime.provenance import provenance
 
 
 def check_shards(data: DataConfig) -> dict[str, Any]:
-    """Read every file of the packed folder `data.root`, print what is wrong, and return the report, of plain types.
+    """Read every file of the packed folder `data.root`, print what is wrong, and return the report, for a JSON file.
 
     Raises:
         FileNotFoundError, ValueError: see `read_index`.

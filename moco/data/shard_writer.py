@@ -33,22 +33,24 @@ class PackedImage(NamedTuple):
     """An image as it is written to a shard; an unreadable image has only `fault` and `reason`."""
 
     content: bytes = b""
-    ending: str = ""  # by the content, because WebDataset readers rely on it
-    source_bytes: int = 0  # its size in the source
+    ending: str = ""  # of its file name; it states the format of the content, because WebDataset readers rely on it
+    source_bytes: int = 0  # size of the image's file in the source; without a file, size of its pixels
     fault: str = ""  # a key of `moco.data.decode.FAULTS`
     reason: str = ""
 
 
 def encode_image(source: Source, i: int, short_side: int, quality: int) -> PackedImage:
-    """Return image i as it is written to a shard. It is decoded in any case, to find unreadable images.
+    """Return image i as it is written to a shard. Every image is decoded, to find unreadable images.
 
-    The bytes of its file are kept if its shorter side is at most `short_side`, or if `short_side` is 0. A larger image
-    is rotated upright, scaled down to `short_side` (bicubic, antialiased), and encoded as JPEG with 4:2:0 color, or as
-    PNG if it is too long for a JPEG. Of those not scaled down, an image without a file of its own (CIFAR, digits,
-    frames of videos) becomes a PNG, and an NPY or NPZ file becomes an NPY file.
+    An image is scaled down if its shorter side exceeds `short_side`; with `short_side` 0, no image is scaled down.
 
-    Images with other channels than gray or RGB, or with more than 8 bits, become NPY files with the same values; a
-    larger one is scaled down with an antialiased bilinear filter.
+    Gray and RGB images of 8 bits: An image that is scaled down is rotated upright, resized (bicubic, antialiased), and
+    encoded as JPEG with 4:2:0 color, or as PNG if it is too long for a JPEG. An image that is not scaled down keeps the
+    bytes of its file. Without a file of its own (CIFAR, digits, frames of videos) it becomes a PNG; an NPY or NPZ file
+    becomes an NPY file.
+
+    Images with other channels or with more than 8 bits: Every image becomes an NPY file. An image that is scaled down
+    is resized with an antialiased bilinear filter. An image that is not scaled down keeps its values.
     """
     try:
         content = source.content(i)
@@ -112,7 +114,7 @@ class ShardWriter:
         return self._file.tell() + 3 * tarfile.BLOCKSIZE + len(content)
 
     def add(self, image: PackedImage, label: int, name: bytes) -> None:
-        """Append an image; label -1 means that it has none."""
+        """Append an image; label -1 means that the image has no label."""
         key, content = f"{self.key + len(self.rows):09}", image.content
         offset = self._member(f"{key}.{image.ending}", content)
         if label >= 0:
@@ -128,7 +130,7 @@ class ShardWriter:
         return offset
 
     def close(self) -> tuple[NDArray[np.void], dict[str, Any]]:
-        """Complete the file on disk, and return its rows (n,) and its entry of the index."""
+        """Complete the file on disk. Return, for the index, the rows of its images (n,) and the entry of the shard."""
         self._tar.close()
         self._file.close()
         flush(self._temporary)

@@ -101,7 +101,7 @@ class VideoSource(Source):
         return file if file >= 0 else -1 - file
 
     def _time(self, i: int) -> str:
-        """Return the end of the name of image i, such as "@12.500"; "" for a fault of the file."""
+        """Return the end of the name of image i, such as "@12.500"; "" for the row that stands for a file's fault."""
         file, pts = int(self.rows["file"][i]), int(self.rows["pts"][i])
         if file < 0:
             return ""
@@ -130,7 +130,8 @@ class VideoSource(Source):
 def open_video(config: DataConfig, keep_unlistable: bool = False) -> Sources:
     """Open the frames of a folder of videos; see `moco.data.folder.scan` for `keep_unlistable`.
 
-    A file that cannot be read, or not to its end, has one more image: unreadable, with the name of the file.
+    For each file that cannot be read to its end, the source has one more image. This image has the name of the file and
+    is unreadable.
 
     Raises:
         ConfigError: without PyAV, or for other channels than gray or RGB in 8 bits.

@@ -22,7 +22,7 @@ DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,asf,flv,ogg,mx
 # For each frame, in units of the stream's time base: its presentation time, that of the keyframe from which it is
 # decoded, and the decoding time of this keyframe, to which the demuxer must seek.
 FRAME_TIMES = np.dtype([("pts", "i8"), ("key", "i8"), ("seek", "i8")])
-_EARLIEST = np.iinfo(np.int64).min
+_EARLIEST = np.iinfo(np.int64).min  # a time before that of every frame
 # The largest delay, in seconds, from the time of a packet to the frame that is used for it: some packets give no frame.
 LATE = Fraction(1, 2)
 
@@ -62,7 +62,7 @@ def read_times(path: str) -> VideoTimes:
     with container:
         matroska = "matroska" in container.format.name
         rows, packets, last, fault = list[tuple[int, int, int]](), 0, None, ""
-        ends = dict[int, int]()  # of each stream, in its time base
+        ends = dict[int, int]()  # the end of each stream, in the time base of the stream
         keys: list[tuple[int, int]] = []  # pts and dts of the last two keyframes
         try:
             for packet in container.demux(video, *(container.streams.audio if matroska else ())):
@@ -77,7 +77,7 @@ def read_times(path: str) -> VideoTimes:
                     continue
                 if packet.is_keyframe:
                     keys = [*keys[-1:], (pts, pts if packet.dts is None else packet.dts)]
-                # A frame that precedes the newest keyframe in presentation is decoded from the one before.
+                # A frame that is presented before the newest keyframe is decoded from the keyframe before that one.
                 usable = [key for key in keys if key[0] <= pts]
                 if usable and not packet.is_discard:
                     rows.append((pts, *usable[-1]))
@@ -102,7 +102,7 @@ def read_times(path: str) -> VideoTimes:
 
 
 def _open(path: str) -> tuple[Any, Any]:
-    """Return the container and its video stream; raise ImageError if it has none."""
+    """Return the container and its video stream; raise ImageError if the file has no video stream that can be read."""
     check_readable(path)
     only = {"format_whitelist": DEMUXERS, "protocol_whitelist": "file"}
     try:
@@ -145,7 +145,7 @@ class _Decoder:
         self._container, self._video = _open(path)
         self._reformatter = av().video.reformatter.VideoReformatter()
         self._frames: Iterator[Any] = iter(())
-        self._frame: Any = None  # the newest one
+        self._frame: Any = None  # the newest decoded frame
         # The latest requested time, and the latest times of a decoded and of a damaged frame.
         self._wanted = self._reached = self._damaged = _EARLIEST
 
@@ -206,7 +206,7 @@ class _Decoder:
         return VideoFrame(upright, form, tuple(name for name, is_so in found.items() if is_so))
 
 
-_UPRIGHT = (1, 0, 0, 1)
+_UPRIGHT = (1, 0, 0, 1)  # the display matrix of a frame that is shown as it is stored
 
 
 def _display_matrix(frame: Any) -> tuple[int, int, int, int]:

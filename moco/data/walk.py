@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field
 
-# The order matters in tar files: of several images of a sample, the first in this list is used.
+# The order matters in tar files: if a sample has several images, the one whose ending comes first in this list is used.
 IMAGE_ENDINGS = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
     *(".jpe", ".jfif", ".ppm", ".pgm", ".pbm", ".pnm"),
@@ -14,15 +14,15 @@ IMAGE_ENDINGS = (
 OTHER_IMAGE_ENDINGS = frozenset(
     (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf")
 )
-# Of arrays, which are images only in a data set of other channels or another depth than RGB in 8 bits.
+# Endings of arrays, which are images only in a data set of other channels or another depth than RGB in 8 bits.
 ARRAY_ENDINGS = (".npy", ".npz")
-# Of videos, whose frames are the images of data.name=video.
+# Endings of videos, whose frames are the images of data.name=video.
 VIDEO_ENDINGS = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".m2ts", ".ts"),
     *(".wmv", ".asf", ".flv", ".ogv", ".3gp", ".3g2", ".mxf"),
 )
-# PIL's names of the formats of `IMAGE_ENDINGS`. Only they may be opened: PIL's EPS reader, for example, runs another
-# program. Its JPEG reader also opens a JPEG that contains a second image, whose format it calls MPO.
+# PIL's names of the formats of `IMAGE_ENDINGS`. Only these formats may be opened: PIL's EPS reader, for example, runs
+# another program. PIL's JPEG reader also opens a JPEG file that contains a second image; PIL calls this format MPO.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 # Files and folders of operating systems, storage devices and editors, in lower case. They may hold images: thumbnails,
 # deleted files. Like hidden files (.NAME), they are left out in every folder.

@@ -48,7 +48,8 @@ def _end_after(parent: int) -> None:
 def to_shared_memory(tensors: list[Tensor]) -> list[Tensor]:
     """In a loader process, move the tensors to the shared memory in which they reach the parent.
 
-    torch would do so in a thread of the process, whose errors never reach the parent: it would wait forever.
+    torch would do so in a thread of the loader process. An error in this thread never reaches the parent, which would
+    wait forever.
 
     Raises:
         LoaderError: if there is no room.
@@ -115,8 +116,8 @@ def _identity(item: T) -> T:
 def loaded(loader: DataLoader[T], field: str) -> Iterator[T]:
     """Yield the loader's items in order; raise an item that is an error.
 
-    The death of a loader process raises an error wherever this process is, in a step or in an evaluation: torch's
-    handler of SIGCHLD does so, and this module replaces its message.
+    The death of a loader process raises an error in the parent process at once, also in the middle of a step or an
+    evaluation: torch's handler of SIGCHLD raises it, and this module replaces the message.
 
     Args:
         loader: from `make_loader`.
@@ -139,7 +140,10 @@ def loaded(loader: DataLoader[T], field: str) -> Iterator[T]:
 
 
 def _started(loader: DataLoader[T], field: str) -> Iterator[T]:
-    """Start the loader's processes with signals blocked: one that arrives before they ignore it would end them."""
+    """Start the loader's processes with signals blocked.
+
+    A signal that arrives before the processes ignore signals would end them.
+    """
     if loader.num_workers == 0:
         return iter(loader)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)

@@ -107,7 +107,7 @@ def _is_id(value: Any) -> TypeGuard[int]:
 
 
 def _by_id(file: str, name: str, content: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """Return the entries of a list by their ids, after a check of what every entry of the list needs."""
+    """Check the fields that every entry of a list needs, and return the entries by their ids."""
     found: dict[int, dict[str, Any]] = {}
     for position, entry in enumerate(content[name]):
         where = f"{file}: entry {position} of {name}"
@@ -162,7 +162,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _segmentation(where: str, entry: Mapping[str, Any], image: Mapping[str, Any]) -> Any:
-    """Return the mask of an annotation: polygons, or run lengths, checked so that pycocotools can decode it."""
+    """Check that pycocotools can decode the mask of an annotation, and return the mask: polygons, or run lengths."""
     found = entry.get("segmentation")
     fix = "correct it, or choose a detector without masks, such as detector=faster_rcnn_fpn"
     require(bool(found), f"{where} has no mask (segmentation), which Mask R-CNN needs for every object: {fix}")
@@ -194,8 +194,8 @@ def _segmentation(where: str, entry: Mapping[str, Any], image: Mapping[str, Any]
 def _runs(text: str) -> Iterator[int]:
     """Yield the run lengths of COCO's compressed text: numbers in groups of 5 bits.
 
-    From the fourth run on, a number is the difference to the last run but one. They are read here to check that they
-    fill the image: pycocotools leaves the pixels after them undefined.
+    From the fourth run on, the text holds the difference between a run and the second run before it. The run lengths
+    are decoded here only to check that they fill the image: pycocotools leaves pixels after the last run undefined.
     """
     at, runs = 0, list[int]()
     while at < len(text):

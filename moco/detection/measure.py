@@ -21,7 +21,8 @@ from moco.distributed import all_gather_object, on_rank_zero, rank, world_size
 # pycocotools' values. torchmetrics' defaults are rounded to float32, so a recall of exactly 0.1 would not count at 0.1.
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10).tolist()
 RECALL_THRESHOLDS = np.linspace(0, 1, 101).tolist()
-FIGURES = {"AP": "map", "AP50": "map_50", "AP75": "map_75"}  # over IoU 0.5 ... 0.95, at 0.5, at 0.75
+# COCO's names, and torchmetrics' names. AP is the mean over IoU 0.5 ... 0.95, AP50 is at IoU 0.5, AP75 at IoU 0.75.
+FIGURES = {"AP": "map", "AP50": "map_50", "AP75": "map_75"}
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ SHOWN_SCORE = 0.5  # detections with a lower score are not drawn
 
 
 def write_predictions(path: Path, rows: Iterable[tuple[BoxedImage, Detections]], classes: tuple[str, ...]) -> None:
-    """Write a PNG with a row for each image: with its true boxes, and with the detections and their scores.
+    """Write a PNG. Each image has a row that shows it twice: with its true boxes, and with the detections and scores.
 
-    Each class has a color of Pascal VOC. The boxes of ignored objects are dashed, and labeled as ignored. The
-    masks of detections are drawn too, if there are any.
+    Each class has a color of Pascal VOC. The boxes of ignored objects are dashed, and labeled as ignored. If the
+    detections have masks, the masks are drawn too.
     """
     strips = []
     for image, found in rows:
@@ -58,13 +58,13 @@ def _drawn(
         else:
             draw.rectangle(corners, outline="white", width=4)  # so that a dark box is visible on a dark image
             draw.rectangle(corners, outline=color, width=2)
-        shown = text.encode("ascii", "replace").decode()  # the font may have no other characters
+        shown = text.encode("ascii", "replace").decode()  # the font may lack characters outside of ASCII
         draw.text((corners[0] + 4, corners[1] + 2), shown, fill=color, stroke_width=2, stroke_fill="white")
     return image
 
 
 def _draw_dashed(draw: ImageDraw.ImageDraw, corners: Sequence[float], color: tuple[int, ...]) -> None:
-    """Draw a box whose sides are dashes, each on a white one."""
+    """Draw a box with dashed sides; each dash lies on a wider white dash."""
     left, top, right, bottom = corners
     for outline, width in (("white", 4), (color, 2)):
         for x in np.arange(left, right, 2 * DASH):

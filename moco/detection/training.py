@@ -1,6 +1,8 @@
 """The training of a detector, and its predictions for whole images.
 
-Several processes compute the same steps as one. Legend: k detections of an image, H x W its size.
+Several processes compute the same steps as one process.
+
+Legend: k detections of an image, H x W the size of this image.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -95,13 +97,13 @@ def recompute_statistics(
 ) -> None:
     """Replace BN's running statistics by their means over the first batches of the training, with the present weights.
 
-    The running averages of the training lag behind its weights. Detectron2's PRECISE_BN; Rethinking "Batch" in
-    BatchNorm (Wu and Johnson, 2021), section 3. Collective.
+    The running averages of the training lag behind its weights. Detectron2 calls this PRECISE_BN; see Rethinking
+    "Batch" in BatchNorm (Wu and Johnson, 2021), section 3. Collective.
 
     Args:
         loss: a `DetectorLoss` in training mode.
-        batches: their number, at most that of the plan's steps.
-        heartbeat: called for each of them; its exception is raised on all ranks.
+        batches: the number of batches, at most the number of steps in the plan.
+        heartbeat: called for each batch; its exception is raised on all ranks.
     """
     first = next(loss.parameters())
     layers = [layer for layer in loss.modules() if isinstance(layer, GroupedBatchNorm)]
@@ -137,7 +139,7 @@ def _on_device(batch: Sequence[Example], first: Tensor) -> tuple[list[Tensor], l
 def predict(
     network: nn.Module, images: BoxedImages, rows: range, settings: ViewSettings, workers: int | None
 ) -> Iterator[Detections]:
-    """Yield what the detector finds in each of the given images. It is in eval mode meanwhile."""
+    """Yield what the detector finds in each of the given images. The network is in eval mode meanwhile."""
     first = next(network.parameters())
     with evaluating(network):
         processes = min(count_processes(workers), len(rows))

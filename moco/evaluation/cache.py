@@ -28,7 +28,7 @@ def cached(folder: Path, key: str, count: int, width: int, compute: Compute) -> 
     Raises:
         WriteError: if the disk is full; the space for all features is reserved first.
         OSError: if the folder cannot be written to.
-        Exception: whatever `compute` raises on any rank; on every rank.
+        Exception: whatever `compute` raises on any rank; every rank raises this exception.
     """
     path = folder / f"{key}.npy"
     if not on_rank_zero(lambda: _is_complete(path, count, width)):

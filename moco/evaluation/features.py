@@ -32,7 +32,7 @@ class EvalTransform:
     std: Sequence[float] = (1.0, 1.0, 1.0)
 
     def unnormalized(self) -> "EvalTransform":
-        """Return the same crop with pixel values in 0 ... 1."""
+        """Return the same transform without normalization: pixel values stay in 0 ... 1."""
         return replace(self, mean=(0.0,) * len(self.mean), std=(1.0,) * len(self.mean))
 
 
@@ -111,8 +111,9 @@ def extract(
 ) -> Tensor:
     """Return the features (M, D) of all images of a source, in its order, on every rank.
 
-    Each rank computes M / W of them. A rank with fewer rows repeats the last one; the repeated rows are removed, so
-    every image counts once. Arguments and errors: see `stream`; an error of one rank is raised on all ranks.
+    Each rank computes M / W rows, rounded up. A rank with fewer images repeats the last image of the source. The
+    repeated rows are removed, so every image counts once. Arguments and errors: see `stream`; an error of one rank is
+    raised on all ranks.
     """
     share = -(-len(source) // world_size())  # rows per rank, rounded up
     rows = [min(row, len(source) - 1) for row in range(rank() * share, (rank() + 1) * share)]

@@ -28,7 +28,7 @@ class Episodes:
     ways: int
     shots: int
     queries: int
-    episodes: int
+    episodes: int  # number of episodes
     seed: int
 
 
@@ -61,7 +61,7 @@ def draw_episodes(labels: Rows, episodes: Episodes) -> Iterator[tuple[Rows, Rows
 
 
 def _too_few(counts: list[int], enough: int, episodes: Episodes) -> str:
-    """Return the error's message. `counts` are the test images of each class; `enough` classes have enough of them."""
+    """Return the error's message: of classes with `counts` test images each, only `enough` classes have enough."""
     each, ways, fixes = episodes.shots + episodes.queries, min(len(counts), episodes.ways), []
     if enough >= 2:
         fixes.append(f"set ways={enough}")

@@ -70,7 +70,7 @@ def evaluate_finetune(config: FinetuneConfig, preemption: PreemptionHandler | No
     """Fine-tune each configured encoder end to end with each seed, and evaluate it on the held-out split.
 
     Returns a result per encoder, the same on every rank. If `preemption` is None, this function catches the signals
-    itself. Errors: see `open_task`; `Preempted` if a signal or `config.stop_after` stopped it before its end.
+    itself. Errors: see `open_task`; `Preempted` if a signal or `config.stop_after` stopped the command before its end.
     """
     with supervised(config, preemption) as supervision, ExitStack() as stack:
         with supervision.watchdog.paused():  # images may be downloaded
@@ -195,7 +195,7 @@ def train_and_measure(
 ) -> tuple[list[Metrics], nn.Sequential, Plan]:
     """Train one encoder, "pretrained" or "untrained", with each seed, and measure it on the held-out split.
 
-    Returns the metrics of all seeds, and the network and the plan of the last one. `on_step` gets a line per step.
+    Returns the metrics of all seeds, and the network and the plan of the last seed. `on_step` gets a line per step.
     Without `supervision`, no state is saved.
     """
     task, metrics = run.task, []
@@ -258,7 +258,7 @@ def _folder(task: Task[FinetuneConfig], encoder: str) -> Path:
 
 
 def _save(task: Task[FinetuneConfig], network: nn.Sequential, folder: Path, step: int) -> None:
-    """Write the encoder, as the other commands read it, and its linear head with the names of the classes."""
+    """Write the encoder in the format that other commands read, and the linear head with the names of the classes."""
     file, transform, of_run = task.subject.file, task.subject.transform, task.subject.file.config
     augment = {name: getattr(transform, name) for name in ("size", "mean", "std")} | {"eval_resize": transform.resize}
     config = of_run | {

@@ -81,7 +81,7 @@ def _count_references(train: Source, config: KnnConfig) -> int:
 def _evaluate(task: Task[KnnConfig], name: str, network: Network, ks: list[int]) -> Result:
     """Choose k and temperature on the training split, then evaluate on the held-out split.
 
-    `ks` are the values of `config.k`, at most the number of references.
+    `ks` are the distinct values of `config.k`; a value above the number of references is replaced by this number.
     """
     config = task.config
 
@@ -125,9 +125,11 @@ def _metrics(
 def _choose(
     task: Task[KnnConfig], name: str, bank: Tensor, ks: list[int], settings: KnnSettings
 ) -> tuple[KnnSettings, dict[str, Any]]:
-    """Choose k and temperature by leave-one-out on the training split; the first of equally good pairs.
+    """Choose k and temperature by leave-one-out on the training split.
 
-    Returns the settings with the choice, and "choice" for results.json.
+    If several pairs (k, temperature) are equally good, the first of these pairs is chosen.
+
+    Returns the settings with the chosen pair, and a dict with the entry "choice" of results.json.
     """
     config = task.config
     drawn = np.sort(permutation(config.seed, 0, len(bank), VALIDATION)[: config.choose_on])
@@ -148,11 +150,11 @@ def pairs_of_draws(metrics: list[Metrics]) -> NDArray[np.int64]:
 
 
 def summarize_draws(metrics: list[Metrics]) -> dict[str, Any]:
-    """Return the metrics for results.json; of several draws the means, and the standard deviation of top1."""
+    """Return the metrics for results.json; for several draws, their means and the standard deviation of top1."""
     values = metrics[0].to_json()
     if len(metrics) == 1:
         return values
-    del values["interval95"]  # over all draws it would count each image several times
+    del values["interval95"]  # an interval over all draws would count each image several times
     return values | {
         "top1": float(np.mean([each.top1 for each in metrics])),
         "std": float(np.std([each.top1 for each in metrics])),
@@ -167,7 +169,7 @@ def summarize_draws(metrics: list[Metrics]) -> dict[str, Any]:
 def most_confused(pairs: NDArray[np.int64], classes: tuple[str, ...], most: int = 3) -> list[str]:
     """List the most frequent confusions: "cat as dog 12.5 %" if this share of the cats was predicted to be dogs.
 
-    `pairs` are those of `Metrics`, of one draw or several.
+    `pairs` (P, 3) are `Metrics.pairs` of one draw, or of several draws as `pairs_of_draws` concatenates them.
     """
     count = len(classes)
     codes, place = np.unique(pairs[:, 0] * count + pairs[:, 1], return_inverse=True)

@@ -57,7 +57,7 @@ class Probe:
     heads: list[LinearHead]  # one per seed
     chosen: list[dict[str, Any]]  # per seed: layer, lr, weight_decay; for a sweep also the validation accuracy
     settings: dict[str, Any]  # the batch size that was used and, for the official protocols, the peak learning rate
-    problem: str = ""  # why the result says little about the encoder
+    problem: str = ""  # why the result says little about the encoder; "" without a problem
 
 
 def evaluate_linear(config: LinearConfig) -> None:
@@ -90,7 +90,11 @@ def evaluate_linear(config: LinearConfig) -> None:
 
 
 def _sweep(task: Task[LinearConfig], name: str, encoder: Encoder | None) -> Probe:
-    """Train many heads on fixed features, choose on a part of the training split, evaluate on the held-out split."""
+    """Train many heads on fixed features, and evaluate on the held-out split.
+
+    The setting is chosen by the accuracy on a part of the training split. A head with this setting is then trained on
+    the full training split.
+    """
     config, labels = task.config, targets_of(task.train)
     try:  # before features are computed: `choose` makes the same split
         split_each_class(labels, config.sweep.validation, config.seed, VALIDATION, task.groups)

@@ -1,4 +1,6 @@
-"""Trainings that resume: a state saved every `save_every` steps and after a signal, from which the command resumes.
+"""Trainings that can resume: their state is saved every `save_every` steps and after a signal.
+
+The same command, run again, resumes from the newest saved state.
 
 Everything that a step needs is either in the state or computed from the seed and the number of the step. So on a CPU a
 resumed training ends with the same weights as an uninterrupted one, bit for bit.
@@ -86,7 +88,7 @@ class ResumableTraining:
     """One training of a command: its encoder, its seed, its length and its files.
 
     Attributes:
-        folder: For the trained network of the last seed. State and metrics are beside it.
+        folder: For the trained network of the last seed. State and metrics are in the parent of this folder.
         encoder: The encoder's entry in the command's field `encoders`.
         seed: Of this training.
         digest: Differs between trainings with different settings, weights or images.

@@ -40,7 +40,7 @@ class Schedule:
     kind: str  # step: multiplied by 0.1 at each milestone; cosine: decays to 0
     warmup: float  # fraction of the steps in which the lr rises
     milestones: Sequence[float] = (0.7, 0.9)  # fractions of the steps
-    epochs: int = 1  # into which the steps are divided
+    epochs: int = 1  # number of epochs into which the steps are divided
 
     def at(self, step: int) -> float:
         milestones = [each * self.epochs for each in self.milestones]
@@ -61,7 +61,8 @@ def run_steps(
 
     Args:
         batches: of this rank; the same number on every rank.
-        step_of: trains on a batch, given also the step and its lr; returns the loss and the norm of the gradient.
+        step_of: trains on a batch; its arguments are the batch, the number of the step and the lr of the step. Returns
+            the loss and the norm of the gradient.
         optimizer: errors name its weight decay and, if above 1, the factor of the head's learning rate.
         schedule: the learning rates.
         seed: see `seed_step`.

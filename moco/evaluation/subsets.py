@@ -54,9 +54,9 @@ def per_class(labels: Rows, count: int, seed: int) -> Rows:
 
 
 def draw_labels(labels: Rows, count: int, draw: int, seed: int = 0) -> Rows:
-    """Select `count` images of each class for repeat number `draw`, class by class, each in random order.
+    """Select `count` images of each class for repeat number `draw`.
 
-    The selection does not depend on the encoder.
+    The rows are ordered by class, and in random order within a class. The selection does not depend on the encoder.
 
     Raises:
         SubsetError: if a class has fewer images.
@@ -101,7 +101,7 @@ def split_each_class(
 
 
 def _whole_groups(labels: Rows, groups: Rows, by_class: Sequence[Rows], wanted: Sequence[int]) -> Rows:
-    """Return the rows of the part in ascending order: about `wanted` rows of each class, in groups.
+    """Return the rows of the part in ascending order: about `wanted` rows of each class, in whole groups.
 
     Args:
         labels, groups: (N,).
@@ -127,7 +127,7 @@ def _whole_groups(labels: Rows, groups: Rows, by_class: Sequence[Rows], wanted: 
         found = list(dict.fromkeys(groups[rows].tolist()))  # in their random order
         for group in found:
             take(group, count, label)
-        for group in sorted(found, key=lambda group: len(members[group])):  # if none was taken, a small one
+        for group in sorted(found, key=lambda group: len(members[group])):  # if no group was taken, a small group
             if taken[label] == 0 and count:
                 take(group, math.inf, label)
     return np.sort(np.concatenate([members[group] for group in held])) if held else np.zeros(0, np.int64)
@@ -176,7 +176,7 @@ def _rows_by_ending(names: Sequence[str], endings: Iterable[str]) -> dict[str, l
 
 
 def _by_class(labels: Rows, seed: int, stream: int) -> list[Rows]:
-    """Return the rows of each class that occurs, each in a random order that depends only on the key."""
+    """Return the rows of each class that occurs, in a random order that depends on `seed` and `stream`, the key."""
     order = permutation(seed, 0, len(labels), stream)
     counts = np.unique(labels, return_counts=True)[1]
     return np.split(order[np.argsort(labels[order], kind="stable")], np.cumsum(counts)[:-1])

@@ -70,8 +70,9 @@ def evaluate_transfer(config: TransferConfig) -> list[SetResults]:
         candidates, output = open_candidates(config, own), own.output
         prepare(output)
         on_rank_zero(lambda: bool(locks.enter_context(lock_directory(output / FOLDER, "output"))))
-        # The name of a data set of the literature determines its images. The others are opened now: their digests are
-        # needed, and one that cannot be evaluated must end the command before anything is computed.
+        # The name of a data set of the literature determines its images. The other data sets are opened now, because
+        # their digests are needed, and because a data set that cannot be evaluated must end the command before anything
+        # is computed.
         opened = {name: None if name in SETS else open_set(name, config, own) for name in config.sets}
         with keeping("finished results", lambda: any((output / FOLDER).glob(f"{config.mode}_*.json"))):
             found = [_evaluate_set(name, splits, config, own, candidates, device) for name, splits in opened.items()]
@@ -119,7 +120,7 @@ def _evaluate_set(
     candidates: Sequence[Candidate],
     device: torch.device,
 ) -> SetResults:
-    """Evaluate the encoders without a valid recorded result on one data set; write the file after each of them.
+    """Evaluate on one data set the encoders that lack a valid recorded result; write the file after each encoder.
 
     `splits` is None for a data set that is opened only if a result is missing.
     """
@@ -154,7 +155,7 @@ def _evaluate_set(
             result = measure(EvaluatedEncoder(candidate, config, device, f"{name}, {candidate.name}"))
             found.encoders[candidate.name] = {"digest": candidate.digest} | result
             shown = percent(result["value"], result.get("half_width95"), result.get("interval95"))
-            log(f"{name}, {candidate.name}: {shown} %")  # before writing: it stays visible if writing fails
+            log(f"{name}, {candidate.name}: {shown} %")  # before writing: the result stays visible if writing fails
             on_rank_zero(lambda: _write(file, found, candidate, config, own.output))  # noqa: B023 # called at once
     return found
 

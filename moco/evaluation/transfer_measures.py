@@ -97,7 +97,7 @@ def _linear(name: str, splits: Splits, config: TransferConfig) -> Measure:
 def _result(metrics: Sequence[Metrics], measure: str, truth: NDArray[np.int64]) -> dict[str, Any]:
     """Return the result of one or several seeds.
 
-    Its interval is due to the finite number of test images if there is one seed, otherwise to the choice of seeds.
+    With one seed, the interval is due to the finite number of test images; with several, to the choice of seeds.
     """
     value, half = mean_interval([_value(each, measure) for each in metrics])
     if len(metrics) > 1:
@@ -120,8 +120,9 @@ def _value(metrics: Metrics, measure: str) -> float:
 def class_mean_half_width(per_class: Sequence[float | None], counts: NDArray[np.int64]) -> float:
     """Return half of the 95 % interval, in percent, of the mean of the accuracies of all classes.
 
-    `counts` are their numbers of images. The accuracies are independent binomial proportions. Two right and two wrong
-    images are added to each class (Agresti and Coull, 1998), so that a class without errors does not count as certain.
+    `counts` are the numbers of images of the classes. The accuracies are independent binomial proportions. Two right
+    and two wrong images are added to each class (Agresti and Coull, 1998), so that a class without errors does not
+    count as certain.
     """
     known = [(share / 100, int(count)) for share, count in zip(per_class, counts, strict=True) if share is not None]
     adjusted = [((share * count + 2) / (count + 4), count + 4) for share, count in known]

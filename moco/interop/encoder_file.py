@@ -49,7 +49,7 @@ class EncoderFile:
     """The content of an encoder file."""
 
     source: str  # the path
-    layout: str
+    layout: str  # name of the format of the file, for messages
     backbone: str
     options: dict[str, Any]
     weights: dict[str, Tensor]  # of the backbone
@@ -86,7 +86,7 @@ def read_encoder(
     """Read a file of any known layout. Only tensors and plain values are loaded, no code is run.
 
     Args:
-        weights: "encoder" (f_q; the base encoder of v3), or "momentum_encoder".
+        weights: "encoder" (f_q, which MoCo v3 calls the base encoder), or "momentum_encoder".
         backbone, options: the network, if the file does not name it.
 
     Raises:
@@ -158,8 +158,8 @@ def _head(file: EncoderFile) -> nn.Module:
 def save_encoder(path: Path, backbone: nn.Module | State, config: Mapping[str, Any], step: int) -> None:
     """Write encoder.safetensors: the weights of a backbone, with metadata for `read_encoder`.
 
-    `backbone` is the network or its state dict; `config` is the run's, with the groups "model" and "augment"; `step` is
-    its number of optimizer steps.
+    `backbone` is the network or its state dict. `config` is the configuration of the run, with the groups "model" and
+    "augment". `step` is the number of optimizer steps of the run.
     """
     model = config["model"]
     about = {"options": model["options"], "images": images_of(config), "config": dict(config)}
@@ -268,7 +268,10 @@ def _checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_bits(config: Mapping[str, Any], bits: Any) -> dict[str, Any]:
-    """Return a run's configuration with `data.bits` set to the bits that the run derived from its images, if it did."""
+    """Return a run's configuration with `data.bits` set to `bits`, the number that the run derived from its images.
+
+    The configuration stays unchanged if it states data.bits, or if `bits` is not a number from 8 to 15.
+    """
     data = config.get("data", {})
     known = data.get("bits") is not None or type(bits) is not int or not 8 <= bits < RGB.bits
     return dict(config) if known else {**config, "data": {**data, "bits": bits}}
@@ -327,7 +330,10 @@ def _foreign(
 
 
 def _channels(file: EncoderFile) -> int:
-    """Return the channels of the images of a file that does not state them: those of its first convolution."""
+    """Return the number of channels of the images, for a file that does not state it: that of the first convolution.
+
+    The number is 3 if the first convolution is not known.
+    """
     try:
         with torch.device("meta"):
             first = first_convolution(_backbone(file))
@@ -348,7 +354,7 @@ def _parts_of(names: Iterable[str], layout: Layout) -> tuple[str, ...]:
 
 
 def _most_complete(found: list[Part], file: EncoderFile, tensors: State) -> Part:
-    """Return the part whose names fit the file's network best; of equally good ones, the first."""
+    """Return the part whose names fit the file's network best, or the first of equally good parts."""
     try:
         with torch.device("meta"):
             wanted = _shapes(_backbone(file).state_dict()).keys()

@@ -15,7 +15,7 @@ _NAME = re.compile(rf"{HUB}(?P<repo>{REPOSITORY})(@(?P<revision>[\w./-]+?))?(/(?
 
 
 def is_hub_folder(path: Path) -> bool:
-    """Return whether a folder is one that `to=hub` wrote, or another repository with weights, and not a run."""
+    """Return whether a folder is a repository with weights, such as one that `to=hub` wrote, and not a run."""
     return (path / WEIGHTS).is_file() and not (path / "checkpoints").is_dir()
 
 
@@ -77,7 +77,7 @@ def _reason(error: Exception, repo: str, file: str) -> str:
 
 
 def upload(folder: Path, repo: str, public: bool) -> str:
-    """Upload the files that `to=hub` wrote, and no others, to a repository; create it if there is none.
+    """Upload the files that `to=hub` wrote, and no other files, to a repository. A missing repository is created.
 
     Returns:
         The address of the repository.

@@ -25,17 +25,19 @@ def save_network(
 def load_network(
     path: str | Path, kind: str, fields: Sequence[str], build: Callable[[EncoderFile, dict[str, Any]], nn.Module]
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the network of a file, on the CPU and in eval mode, and `about` of `save_network`.
+    """Return the network of a file, on the CPU and in eval mode, and what `save_network` stored with it.
+
+    The second value is a dict: the requested `fields` of `about`, and the entries "backbone" and "options".
 
     Args:
         path: the file.
         kind: names the expected kind of file, for errors.
-        fields: those of `about`.
+        fields: names of the entries of `about` that the file must hold.
         build: makes the network from a file of its backbone, without weights, and from `about`.
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ForeignFileError: for another or a damaged file.
+        ForeignFileError: for a damaged file, or a file of another kind.
     """
     file = Path(path)
     if not file.exists():

@@ -1,9 +1,12 @@
-"""Contrast within the batch: the candidates are the embeddings of the global batch, gathered by the caller.
+"""Contrast within the batch: an anchor is compared with the embeddings of the global batch, its candidates.
+
+The caller gathers the embeddings of the global batch.
 
 A loss is the mean over the anchors of this process. See `moco.distributed.gather_with_gradient` for how the gradients
 of the processes combine.
 
-Legend: N local samples, M samples of the global batch (M = N in one process), V views, C dimension.
+Legend: N samples of this process, M samples of the global batch (M = N in one process), V views, A views that serve as
+anchors, C dimension.
 """
 
 import math
@@ -30,8 +33,8 @@ def in_batch_info_nce(
 ) -> tuple[Tensor, Tensor]:
     """Compute InfoNCE with the keys of the other samples as negatives: `ctr` of MoCo v3's Algorithm 1.
 
-    Chen et al. (2021), without the factor 2T. There the keys carry no gradient; nothing is detached here. For uniform
-    logits the loss is log(M); decoupled, log(M - 1).
+    Chen et al. (2021), without the factor 2T. In the paper the keys carry no gradient; this function detaches nothing.
+    For uniform logits the loss is log(M), or log(M - 1) with `decoupled`.
 
     Args:
         query: L2-normalized, shape (N, C).
@@ -59,9 +62,9 @@ def in_batch_info_nce(
 def nt_xent(embeddings: Tensor, others: Tensor, offset: int, temperature: Temperature) -> tuple[Tensor, Tensor]:
     """Compute NT-Xent, the normalized temperature-scaled cross entropy of SimCLR (Chen et al., 2020), Eq. 1.
 
-    Each embedding is an anchor, compared with all others of the global batch; the other views of its sample are its
-    positives, each with its own softmax term. This is `sup_con` in which each sample is its own class. For uniform
-    logits the loss is log(V M - 1).
+    Each embedding is an anchor and is compared with all other embeddings of the global batch. Its positives are the
+    other views of the same sample, each with its own softmax term. This is `sup_con` in which each sample is its own
+    class. For uniform logits the loss is log(V M - 1).
 
     Args, results and errors are those of `sup_con`; V must be at least 2.
     """
@@ -82,10 +85,11 @@ def sup_con(
 ) -> tuple[Tensor, Tensor]:
     """Compute the supervised contrastive loss L_out (Khosla et al., 2020), Eq. 2: samples of a class are positives.
 
-    Without labels and mask each sample is its own class, and the loss is `nt_xent`.
+    With neither labels nor a mask, each sample is its own class, and the loss is `nt_xent`.
 
-    Deviations: an anchor without any positive (one view, no other sample of its class) is excluded from the mean; in
-    the official code it counts with loss 0. The official factor T / base_temperature is off by default.
+    Deviations from the official code: an anchor without any positive is excluded from the mean, where the official code
+    counts it with loss 0. (With one view, an anchor has no positive if no other sample has its class.) The factor
+    T / base_temperature is off by default.
 
     The mean of the losses of all processes is the loss of the global batch if all processes have the same number of
     anchors with a positive. This holds with two views or more, unless a `mask` separates the views of a sample.
@@ -102,8 +106,8 @@ def sup_con(
         contrast_mode: views that serve as anchors: "all", or only the first ("one").
 
     Returns:
-        The mean loss over the anchors, shape (), and the detached logits, shape (A N, V M) with A = V or 1 views of
-        anchors; -inf for an anchor with itself. Rows and columns are ordered by view, then by sample.
+        The mean loss over the anchors, shape (), and the detached logits, shape (A N, V M) with A = V or 1. The logit
+        of an anchor with itself is -inf. Rows and columns are ordered by view, then by sample.
 
     Raises:
         ValueError: for arguments of another shape, type or range, and if there are both labels and mask.
@@ -129,8 +133,8 @@ def multi_positive_nt_xent(
 ) -> tuple[Tensor, Tensor]:
     """Compute NT-Xent with the mean over the positives inside the logarithm, or with no positives in the denominator.
 
-    For uniform logits the loss is log(V M - 1); decoupled, log(V M - V). With positives_mean="outside" and without
-    `decoupled` it is `sup_con`.
+    For uniform logits and without a mask the loss is log(V M - 1), or log(V M - V) with `decoupled`. With
+    positives_mean="outside" and without `decoupled`, the loss is `sup_con`.
 
     Args:
         positives_mean, decoupled: see `cross_entropy_over_positives`.
@@ -150,7 +154,7 @@ def _candidates(
     labels: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the logits (A N, V M), their positives, and a number to add to the loss.
+    """Return the logits (A N, V M), which of them are positives, boolean (A N, V M), and a number to add to the loss.
 
     The number is nan if an embedding is not finite, else 0. The loss alone would ignore an anchor without a positive.
     """
@@ -170,7 +174,7 @@ def _candidates(
 
 
 def _same_class(embeddings: Tensor, others: Tensor, offset: int, labels: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Check the shapes and return the samples of each anchor's class in the global batch, boolean (N, M)."""
+    """Check the arguments. Return which samples of the global batch have each sample's class, or `mask`: (N, M)."""
     check_shapes(embeddings=(embeddings, "VNC"), others=(others, "VMC"))
     check_floating(embeddings=embeddings, others=others)
     shapes = f"embeddings {tuple(embeddings.shape)} and others {tuple(others.shape)}"

@@ -1,6 +1,7 @@
 """Hard negatives by mixing: MoCHi.
 
-Legend: N queries, C dimension, K queue length, s mixed pairs of negatives, s' mixed with the query.
+Legend: N queries, C dimension, K queue length, s negatives mixed from two negatives, s' negatives mixed from a negative
+and the query.
 """
 
 import torch
@@ -21,7 +22,8 @@ def mix_hard_negatives(
 ) -> Tensor:
     """Return the synthetic negatives of MoCHi (Kalantidis et al., 2020), Section 4: candidates besides the queue.
 
-    They are mixed from the `hardest` negatives n of a query q, those most similar to it (fewer if fewer are allowed):
+    They are mixed from the `hardest` negatives n of a query q, the negatives most similar to q. If `negatives` allows
+    fewer than `hardest` for a query, they are mixed from all that it allows.
 
         s negatives:    h  = normalize(a n_i + (1 - a) n_j),   a from U(0, 1)
         s' negatives:   h' = normalize(b q   + (1 - b) n_j),   b from U(0, 0.5)
@@ -37,8 +39,8 @@ def mix_hard_negatives(
         negatives: as in `info_nce`; an entry that it excludes is not mixed.
 
     Returns:
-        Unit vectors without gradient, shape (N, s + s', C), the s pairs first. Zero for a query without any negative,
-        which `contrast` treats as absent.
+        Unit vectors without gradient, shape (N, s + s', C), the s mixed pairs first. For a query without any negative
+        all its vectors are zero, and `contrast` ignores these zero vectors.
 
     Raises:
         ValueError: for arguments of another shape, or `hardest` outside 1 ... K.

@@ -34,8 +34,8 @@ def cross_entropy_over_positives(
         positive: boolean, shape (N, M), False where the logit is -inf.
 
     Returns:
-        The mean over the anchors that have a positive, shape (); 0 without any. A decoupled anchor without a negative
-        has loss 0.
+        The mean loss over the anchors that have a positive, shape (); 0 if no anchor has a positive. With `decoupled`,
+        an anchor without a negative has loss 0.
     """
     check_positives_mean(mean)
     count = positive.sum(dim=1)  # (N,)

@@ -22,7 +22,7 @@ from moco.losses.similarity import (
 
 
 def check_inputs(query: Tensor, key: Tensor, queue: Tensor, temperature: Temperature) -> None:
-    """Raise ValueError unless T is valid and the others are floating-point of shapes (N, C), (N, C) and (K, C)."""
+    """Raise ValueError unless T is valid and the tensors are floating-point of shapes (N, C), (N, C) and (K, C)."""
     check_temperature(temperature)
     check_shapes(query=(query, "NC"), key=(key, "NC"), queue=(queue, "KC"))
     check_floating(query=query, key=key, queue=queue)
@@ -101,7 +101,8 @@ def multi_positive_info_nce(
     If the positives are false negatives, it is the attraction loss of Huynh et al. (2022). UniMoCo (Dai et al., 2021)
     differs: log(1 + sum exp(negatives) * sum exp(-positives)).
 
-    Without any positive in the queue it is `info_nce`: bit for bit with mean="outside", up to rounding with "inside".
+    Without any positive in the queue, the loss is that of `info_nce`: bit for bit with mean="outside", up to rounding
+    with mean="inside".
 
     Args:
         query, key, queue, temperature: as in `info_nce`; the key is always a positive of its query.
@@ -123,7 +124,8 @@ def cross_entropy_of_key(
 ) -> Tensor:
     """Compute `cross_entropy_over_positives` of logits (N, M), in which column 0, the key's, is always a positive.
 
-    The queue's columns follow; `positives`, (N, K) or (1, K), marks those of positives. More negatives may follow.
+    The next K columns are those of the queue; `positives`, boolean (N, K) or (1, K), marks the positives among them.
+    Any further columns are those of negatives.
     """
     check_positives_mean(mean)
     if positives is None and not decoupled:
@@ -134,8 +136,9 @@ def cross_entropy_of_key(
         positive[:, 1 : 1 + positives.shape[1]] = positives
     if decoupled or mean == "inside":
         return cross_entropy_over_positives(logits, positive, mean, decoupled)
-    # The mean of -log softmax over a row's positives is that of column 0, plus a change: logits_0 minus the mean logit
-    # of the positives. The change is one product; its weights are exactly 0 if there are no other positives.
+    # The mean of -log softmax over a row's positives equals -log softmax of column 0 plus a change, which is logits_0
+    # minus the mean logit of the positives. The change is a sum of logits times weights; all weights are exactly 0 if
+    # column 0 is the only positive.
     weights = -positive.to(logits.dtype) / positive.sum(dim=1, keepdim=True)  # (N, M)
     weights[:, 0] += 1
     change = (logits.masked_fill(~positive, 0.0) * weights).sum(dim=1)  # (N,)

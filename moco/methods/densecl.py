@@ -64,7 +64,7 @@ class DenseCL(nn.Module):
     """
 
     encoder: nn.Module
-    directions = ((0, 1),)
+    directions = ((0, 1),)  # (view of the query, view of the key)
     passes = 1
     step = 0
 
@@ -159,7 +159,11 @@ class DenseCL(nn.Module):
         update_momentum_encoder(self.momentum_encoder, self.encoder, momentum)
 
     def enqueue(self, keys: Tensor, index: Tensor) -> None:
-        """Enqueue the new keys of all ranks, given those of this rank, (n, 2, C): of images, and the means of cells."""
+        """Enqueue the new keys of all ranks.
+
+        `keys` are the new keys of this rank, (n, 2, C): for each image its key and the mean of its cells. `index` holds
+        the image indices, (n,).
+        """
         index = gather(index)  # (W n,)
         for queue, k in zip((self.queue, self.dense_queue), gather(keys).unbind(1), strict=True):
             queue.enqueue(k, index)
@@ -172,7 +176,7 @@ def unit_cells(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def most_similar(features: Tensor, others: Tensor) -> Tensor:
-    """Return the cell of the key with the most similar features for each cell of the query, (N, P).
+    """Return for each cell of the query the number of the key's cell with the most similar features, (N, P).
 
     `features` are the query's, (N, P, D), and `others` the key's, of unit length.
     """

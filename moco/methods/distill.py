@@ -115,7 +115,10 @@ class Distill(nn.Module):
 
 
 def _cosine_loss(student: Tensor, teacher: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the mean of 1 - cos(s, t), shape (), for s (N, C) and their rows of t (M, C), and measures.
+    """Return the mean of 1 - cos(s, t), shape (), and measures.
+
+    `student` holds s of the micro-batch, (N, C), `teacher` holds t of the global batch, (M, C), and `rows`, (N,), the
+    rows of the same images in `teacher`.
 
     The contrast accuracy is the share of images whose student embedding s is nearer to t of the same image than to any
     other t.
@@ -125,6 +128,6 @@ def _cosine_loss(student: Tensor, teacher: Tensor, rows: Tensor) -> tuple[Tensor
     measures = {
         "contrast_accuracy": ((others >= others.gather(1, rows[:, None])).sum(dim=1) == 1).float().mean(),
         "positive_similarity": cosine.detach().mean(),
-        "chance": torch.ones((), device=student.device),  # of unrelated embeddings
+        "chance": torch.ones((), device=student.device),  # the loss of unrelated embeddings
     }
     return (1 - cosine).mean(), measures

@@ -71,7 +71,7 @@ class MoCoConfig(MethodConfig):
     is_local = True
 
     def changing(self) -> list[str]:
-        """See `MethodConfig.changing`. Mixing draws random numbers on the host, and switches of plug-ins may."""
+        """See `MethodConfig.changing`. Mixing draws random numbers on the host; switches of plug-ins may do so too."""
         drawn = {"mix_hardest": self.mix_hardest, "switches": self.switches}
         return [*super().changing(), *(f"method.{name}={value}" for name, value in drawn.items() if value)]
 

@@ -31,7 +31,7 @@ from moco.losses import relational_cross_entropy
 
 
 class ReSSL(nn.Module):
-    """ReSSL.
+    """The method ReSSL: the student is the encoder f_q, the teacher is the momentum encoder f_k.
 
     Args:
         encoder: f_q, images (N, channels, S, S) to embeddings (N, C). f_k starts as its copy.

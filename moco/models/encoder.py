@@ -13,12 +13,14 @@ from moco.models.norm import BatchNormKind, convert_batch_norm
 def projection_head(
     fan_in: int, hidden: int, dim: int, layers: int, norm: bool = False, last_norm: bool = True
 ) -> nn.Module:
-    """Return a head, (N, D) -> (N, C): one linear layer in MoCo v1, an MLP with ReLU in v2, and with BN in v3.
+    """Return a projection head, (N, D) -> (N, C).
+
+    In MoCo v1 it is one linear layer, in v2 an MLP with ReLU, and in v3 an MLP with BN and ReLU.
 
     Args:
-        fan_in: D, the features of the backbone.
+        fan_in: D, the number of features of the backbone.
         hidden: width of the hidden layers; 0: D, as in MoCo v2.
-        dim: C, the embedding.
+        dim: C, the dimension of the embedding.
         layers: number of linear layers, at least 1, else ValueError.
         norm: add BN after each linear layer but the last; linear layers then have no bias (v3's projector and
             predictor).
@@ -61,7 +63,7 @@ def build_encoder(
     bn_group_size: int,
     head_norm: bool = False,
 ) -> Encoder:
-    """Return the encoder for the fields of the configuration group `model`; raise ValueError for invalid ones."""
+    """Return the encoder for the fields of the configuration group `model`; raise ValueError for invalid fields."""
     network = build_backbone(backbone, options)
     fan_in = network.num_features
     if not isinstance(fan_in, int):

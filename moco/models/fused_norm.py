@@ -1,4 +1,6 @@
-"""BN in groups on a GPU by the kernels of `moco.kernels.batch_norm`: two launches per pass, and no copies of groups.
+"""BN over groups of a batch on a GPU, by the kernels of `moco.kernels.batch_norm`.
+
+The forward and the backward each launch two kernels, for any number of groups. No group is copied.
 
 Legend: N batch, C channels, G groups.
 """
@@ -14,7 +16,9 @@ from moco.models.sync_norm import memory_format
 
 
 def has_kernel(x: Tensor, weight: Tensor | None, groups: int) -> bool:
-    """Return whether these kernels can normalize a batch: several groups, on a GPU, not in float64, channels last.
+    """Return whether these kernels can normalize a batch: several groups, on a GPU, not in float64.
+
+    A batch of feature maps (N, C, H, W) must also be in torch's channels_last format.
 
     For one group, torch's own operation takes the host less time (docs/gpu.md). A group with one number per channel is
     left to torch, which refuses it.
@@ -40,7 +44,7 @@ def _normalize(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the result, and what `_gradients` needs besides the inputs."""
+    """Return the normalized batch, and for `_gradients` the groups' means and inverse deviations, (2, G, C)."""
     from moco.kernels.batch_norm import batch_norm
 
     x = x.contiguous(memory_format=memory_format(x))

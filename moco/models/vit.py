@@ -95,8 +95,8 @@ def _check(dim: int, heads: int, img_size: int, patch_size: int, stem: str, free
 def sin_cos_positions(side: int, dim: int) -> Tensor:
     """Return fixed positions of side x side patches, row by row, after zeros for the class token: (1 + side**2, dim).
 
-    A quarter of the dimensions each: sine and cosine of the row, sine and cosine of the column. The frequencies fall
-    geometrically from 1 to almost 1/10000.
+    Half of the dimensions hold sines and cosines of the row, the other half hold sines and cosines of the column. The
+    frequencies fall geometrically from 1 to almost 1/10000.
     """
     from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 
@@ -105,7 +105,10 @@ def sin_cos_positions(side: int, dim: int) -> Tensor:
 
 
 def conv_stem(dim: int, channels: int) -> nn.Sequential:
-    """Return a network, (N, C, S, S) to (N, D, S/16, S/16): 3x3 convolutions with D/8 ... D channels, then a 1x1."""
+    """Return a network, (N, C, S, S) to (N, D, S/16, S/16).
+
+    It has four 3x3 convolutions with D/8 ... D channels, and then a 1x1 convolution.
+    """
     widths = [channels, dim // 8, dim // 4, dim // 2, dim]
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(widths):
@@ -115,5 +118,5 @@ def conv_stem(dim: int, channels: int) -> nn.Sequential:
 
 vit_small = partial(vit, 384, 12, 12)  # 12 heads; the usual ViT-S has 6
 vit_base = partial(vit, 768, 12, 12)
-vit_conv_small = partial(vit, 384, 11, 12, stem="conv")  # the stem costs about as much as one block
+vit_conv_small = partial(vit, 384, 11, 12, stem="conv")  # 11 blocks: the stem costs about as much as the twelfth
 vit_conv_base = partial(vit, 768, 11, 12, stem="conv")

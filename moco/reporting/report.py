@@ -1,4 +1,4 @@
-"""Write a page about one run, or about several side by side."""
+"""Write a page about one run, or about several runs side by side."""
 
 import shlex
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from moco.runtime.console import log, log_next, summary_panel
 from moco.runtime.device import compute_context
 from moco.runtime.output_directory import check_output_file
 
-_OPEN_QUERIES = 2  # queries with their neighbors that are not folded
+_OPEN_QUERIES = 2  # number of queries whose neighbors are visible; those of the other queries are folded
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ def _run_sections(config: ReportConfig, computed: _Computed, figures: Figures, d
 
 
 def _image_sections(config: ReportConfig, computed: _Computed, figures: Figures, device: torch.device) -> list[Section]:
-    """Return neighbors, map and attention, or the reason why there are none."""
+    """Return the sections with neighbors, map and attention, or one section with the reason why there are none."""
     images = computed.images
     if images is None:
         why = "Not shown: pictures=0." if computed.run.checkpoint else "None: the run has no checkpoint yet."

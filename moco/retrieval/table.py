@@ -1,8 +1,8 @@
 """The table of moco.embed: one line for each row of the features, with its image and the classes of the image.
 
 The columns are row (in the features), id (in the source) and path. Labeled images also have label (an index) and class
-(its name). If images can have several labels each, these columns are labels and classes. In Parquet they hold lists; in
-CSV they hold strings, whose parts are separated by data.label_separator.
+(its name). If images can have several labels each, the columns labels and classes replace label and class. In Parquet,
+labels and classes hold lists. In CSV they hold strings in which data.label_separator separates the parts.
 """
 
 import os

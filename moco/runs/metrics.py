@@ -38,7 +38,7 @@ class Logger(Protocol):
         """Record numbers, some of which may be nan or infinite; names are "train/loss", "accuracy/knn", ..."""
 
     def log_histogram(self, name: str, counts: Any, step: int) -> None:
-        """Record counts in equal bins over -1 ... 1, shape (B,)."""
+        """Record a histogram: the number of values in each of B equal bins over -1 ... 1, shape (B,)."""
 
     def log_image(self, name: str, image: Any) -> None:
         """Record an image (3, H, W), float in 0 ... 1 or uint8."""
@@ -52,11 +52,11 @@ class Logger(Protocol):
 
     @staticmethod
     def add_results(path: Path, values: Mapping[str, float], step: int) -> None:
-        """Record the results of an evaluation, after the end of the run in `path`; `step` is the encoder's."""
+        """Record the results of an evaluation after the end of the run in `path`, at the encoder's training step."""
 
 
-# Constructors by name, called with the run's directory, its configuration as nested dicts, and the step from which it
-# resumes, 0 for a new run.
+# The loggers' constructors by name. Their arguments are the run's directory, the run's configuration as nested dicts,
+# and the step from which the run resumes, 0 for a new run.
 LOGGERS: Registry[Callable[[Path, Mapping[str, Any], int], Logger]] = Registry(
     "logger", {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": MLflow}
 )
@@ -157,7 +157,7 @@ class MetricsLogger:
         warnings.warn(f"{self._path} was {what}", RunWarning, stacklevel=2)
 
     def log_histogram(self, name: str, counts: Any, step: int) -> None:
-        """Pass on counts in equal bins over -1 ... 1, shape (B,)."""
+        """Pass on a histogram: the number of values in each of B equal bins over -1 ... 1, shape (B,)."""
         self._each(lambda logger: logger.log_histogram(name, counts, step))
 
     def log_image(self, name: str, image: Any) -> None:

@@ -119,9 +119,9 @@ def status_line(values: Mapping[str, float]) -> str:
 def progress_bar(
     description: str, heartbeat: Callable[[], None] = lambda: None
 ) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on rank 0, which disappears at the end. Yields a function to call with (done, total).
+    """Show a progress bar on rank 0, and remove the bar at the end. Yields a function to call with (done, total).
 
-    That function calls `heartbeat` too, also where no bar is shown.
+    The yielded function also calls `heartbeat`, even on ranks and terminals without a bar.
     """
 
     def progress(done: int, total: int) -> None:
@@ -153,7 +153,7 @@ def _print_line(console: Terminal, line: str) -> None:
 
 
 def _wrapped(text: str, width: int, first: str = "", others: str = "") -> str:
-    """Break lines as `wrapped` does; a list, such as "loss 1.5 · lr 0.1", between its entries."""
+    """Break lines as `wrapped` does, but break a list, such as "loss 1.5 · lr 0.1", only between its entries."""
     entries = text.split(" · ")
     if len(entries) > 1 and max(map(cell_len, entries)) < width - 2:
         text = "\N{NO-BREAK SPACE}· ".join(entry.replace(" ", "\N{NO-BREAK SPACE}") for entry in entries)
@@ -163,7 +163,7 @@ def _wrapped(text: str, width: int, first: str = "", others: str = "") -> str:
 def log_next(command: str, reason: str = "") -> None:
     """Print a command that continues from here, on rank 0. It is one line, however long, so that it can be copied.
 
-    On a terminal, a reason that does not fit behind it stands below it.
+    On a terminal, a reason that does not fit behind the command is printed on the next line.
     """
     console, line, reason = _console(), f"next: {command}", f"  ({reason})" * bool(reason)
     if reason and console.is_terminal and cell_len(line + reason) > console.width:
@@ -173,9 +173,9 @@ def log_next(command: str, reason: str = "") -> None:
 
 
 def summary_panel(title: str, rows: Iterable[tuple[str, str]]) -> None:
-    """Print the closing panel of a command: rows of a name and a text. On rank 0. Commands go below it: `log_next`.
+    """Print the closing panel of a command, on rank 0: rows of a name and a text. `log_next` prints commands below it.
 
-    A text with a word that is wider than the panel, such as a path, stands below it, where the word is not broken.
+    A text with a word that is wider than the panel, such as a path, is printed below the panel, with the word unbroken.
     """
     console = _console()
     shown = [(name, printable(text)) for name, text in rows]

@@ -11,7 +11,7 @@ import torch
 
 # Parameters of mallopt(3) in glibc.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
-_PAD = 64 * 2**20
+_PAD = 64 * 2**20  # bytes that glibc requests from the system beyond what it needs, the value of M_TOP_PAD
 
 
 def keep_freed_memory() -> bool:
@@ -34,13 +34,13 @@ def peak_memory(device: torch.device) -> int:
     """Return the peak memory of this process in bytes: of its tensors on a GPU, of all its memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if device.type == "mps":  # torch counts no peak there; this includes freed memory that it keeps
+    if device.type == "mps":  # torch counts no peak on MPS; this includes freed memory that torch keeps
         return torch.mps.driver_allocated_memory()
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-# For the CPU torch has no class of its own for this error.
+# Texts that identify an out-of-memory error. On a CPU, torch raises a plain RuntimeError for it.
 _MESSAGES = ("not enough memory", "can't allocate memory", "CUDA error: out of memory", "MPS backend out of memory")
 
 
@@ -69,8 +69,8 @@ def training_fix(
 ) -> str:
     """Return the settings to change if a training step does not fit, as `fix` of `explain_out_of_memory`.
 
-    Of these, only `accumulate` can change when a run resumes, and only with BN in groups: `group` is their size, else
-    None.
+    Of these settings, only `accumulate` can change when a run resumes, and only if BN normalizes in groups. `group` is
+    the number of images of a group, or None without groups.
     """
     images = batch_size // processes // accumulate
     parts = [each for each in range(2, images // group + 1) if images % (each * group) == 0] if group else []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIN_SPEEDUP = 1.2  # of bfloat16 over float32: a gain within the noise of the measurement does not justify more rounding
 ROUNDS = 5  # measured rounds, after one to warm up
-PIXELS = 4 * 224**2  # limit for one measured pass, which has at most 32 images and at least one
+PIXELS = 4 * 224**2  # most pixels per channel of one measured pass; a pass has at most 32 images and at least one
 
 
 def pick_precision(
@@ -18,8 +18,9 @@ def pick_precision(
 ) -> tuple[str, str]:
     """Return the precision to train in on images (`channels`, `size`, `size`), and the reason in a few words.
 
-    For "auto", a GPU uses bfloat16 if it has units for it. A CPU uses it if it has instructions for it (AMX, or AVX-512
-    with BF16; others emulate it several times more slowly) and a copy of the encoder runs faster.
+    For "auto", a GPU uses bfloat16 if the GPU has units for bfloat16. A CPU uses bfloat16 if the CPU has instructions
+    for bfloat16 (AMX, or AVX-512 with BF16) and a copy of the encoder runs faster in bfloat16. Other CPUs emulate
+    bfloat16 and are then several times slower.
     """
     if configured != "auto":
         return configured, "as configured"
@@ -44,7 +45,7 @@ def _cpu_has(name: str) -> bool:
 def _measure_speedup(encoder: nn.Module, images: Tensor) -> float:
     """Return the time of forward and backward in float32 over that in bfloat16, measured in turns.
 
-    The shortest time of each counts, because other programs only make a pass slower.
+    The shortest time of each number format counts, because other programs can only make a measurement longer.
     """
     network = copy.deepcopy(encoder).eval()  # BN uses its running statistics, so any number of images works
     times: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}

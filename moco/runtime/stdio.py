@@ -68,7 +68,7 @@ def for_terminal(line: str, stream: IO[str] | None) -> str:
 
 
 def discard_output(stream: IO[str] | None) -> None:
-    """Redirect a stream to the null device, with what it has buffered."""
+    """Redirect a stream to the null device. Text that the stream has buffered goes there too."""
     with suppress(OSError, ValueError):  # closed, or a test's stream without a descriptor
         if stream is not None:
             descriptor, null = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
@@ -90,7 +90,7 @@ def protected_streams() -> Iterator[None]:
 
     A character that the encoding of the terminal lacks is printed as an escape.
     """
-    # The system assigns the lowest free descriptor. If a stream is closed, a checkpoint could get its number, and a
+    # The system assigns the lowest free descriptor. If stderr is closed, a checkpoint could get descriptor 2, and a
     # library that writes to stderr would write into the checkpoint.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)

@@ -61,9 +61,9 @@ def code_location(thread: int) -> tuple[str, bool]:
 def hang_message(states: Sequence[RankState], minutes: float) -> str:
     """Return a sentence that names the ranks for which the others wait, after `minutes` without progress.
 
-    These are the silent ranks; if there are none, the ranks with fewer steps than the others; if there are none, the
-    ranks that are neither in a step nor in a collective, for example at a disk that does not respond. If none of these
-    apply, all ranks are named.
+    The sentence names the silent ranks. If no rank is silent, it names the ranks with fewer steps than another rank. If
+    all ranks have the same number of steps, it names those that are neither in a step nor in a collective, for example
+    at a disk that does not respond. If there are no such ranks either, it names all ranks.
     """
     ranks = range(len(states))
     hung = [each for each in ranks if states[each].silent_for]
@@ -117,7 +117,7 @@ class Watchdog:
 
     Args:
         minutes: time limit for a step, or a part of other work; 0: no watchdog.
-        store: see `rendezvous_store`; None: this rank does not know about others.
+        store: see `rendezvous_store`; None: this rank does not know about other ranks.
     """
 
     def __init__(self, minutes: float, store: Store | None = None, rank: int = 0, world: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""Segmentation networks: a backbone's feature map, a head on it, scores at the size of the image.
+"""Segmentation networks: a head computes scores from the feature map of a backbone, at the size of the image.
 
 Legend: N images, H x W their size, C channels of the feature map, h x w its size, L classes.
 """
@@ -61,10 +61,12 @@ class SegmentationNetwork(nn.Module):
 
 
 def with_output_stride(file: EncoderFile, stride: int | None) -> EncoderFile:
-    """Return the file with options that replace the ResNet's last strides by dilation, so that h = H / stride.
+    """Return the file with options that replace the last strides of a ResNet by dilation, so that h = H / stride.
+
+    With `stride` None, or 32 for a ResNet with the ImageNet stem, the file is returned unchanged.
 
     Raises:
-        ConfigError: for another network, or one without dilated convolutions.
+        ConfigError: for a network that is not a ResNet-50 or deeper ResNet with the ImageNet stem.
     """
     if stride is None or (stride == 32 and file.options.get("stem") != "cifar"):
         return file
@@ -81,7 +83,7 @@ def with_output_stride(file: EncoderFile, stride: int | None) -> EncoderFile:
 def build_network(
     file: EncoderFile, head: str, classes: int, *, seed: int, untrained: bool, frozen: bool, bn: str
 ) -> SegmentationNetwork:
-    """Build the network in training mode, except what is frozen.
+    """Build the network. It is in training mode, except its frozen layers, which are in eval mode.
 
     Args:
         seed: of the head's weights and, if `untrained`, of the encoder's.
@@ -107,7 +109,10 @@ def build_network(
 
 
 def _fcn_moco(channels: int, classes: int) -> nn.Module:
-    """Build the head of MoCo's Section 4.2: two 3x3 convolutions of 256 channels with dilation 6, BN and ReLU."""
+    """Build the head of MoCo's Section 4.2.
+
+    It has two 3x3 convolutions of 256 channels with dilation 6, BN and ReLU, and then a 1x1 convolution.
+    """
     layers: list[tuple[str, nn.Module]] = []
     for number, fan_in in ((1, channels), (2, 256)):
         layers += [

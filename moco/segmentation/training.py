@@ -1,7 +1,7 @@
 """The training of a segmentation network, and its evaluation on whole images.
 
-W processes compute the same steps as one, as in moco/evaluation/finetuning.py; a saved state holds all that the next
-step needs, so a resumed training equals an uninterrupted one.
+W processes compute the same steps as one process, as in moco/evaluation/finetuning.py. A saved state holds all that the
+next step needs, so a resumed training equals an uninterrupted one.
 
 Legend: B global batch, n = B / W images of this rank, M images, L classes, S size of the crops.
 """
@@ -42,10 +42,10 @@ class TrainSettings:
 def pixel_loss(mask: Tensor) -> Callable[[Tensor], Tensor]:
     """Return the cross-entropy as a function of the scores (n, L, S, S), for `train_step`.
 
-    Its mean over ranks is the mean over the pixels of the global batch that have a class; 0 if none has.
+    Its mean over ranks is the mean over all pixels of the global batch that have a class; 0 without such pixels.
 
     Args:
-        mask: classes of this rank's images, (n, S, S); `IGNORED` for pixels without one.
+        mask: the class of each pixel of this rank's images, (n, S, S); `IGNORED` for pixels without a class.
     """
     target = mask.long()
     count = sum_over_ranks((target != IGNORED).sum().float()).clamp(min=1)
@@ -125,7 +125,10 @@ def evaluate(
     workers: int | None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Overlap:
-    """Compare predictions with the masks of a split. Each rank computes a part; every rank returns all counts."""
+    """Compare predictions with the masks of a split.
+
+    Each rank predicts the masks of a part of the images. Every rank returns the pixel counts of all images.
+    """
     rows = range(rank(), len(images), world_size())
 
     def part() -> list[np.ndarray]:

@@ -21,14 +21,14 @@ from moco.config import ConfigError
 from moco.data.loader import Batch
 from moco.distributed import Order, average_gradients, copy_to_device, world_size
 
-Keys = dict[int, Any]  # by view; (n, C) for MoCo
+Keys = dict[int, Any]  # the keys of the local batch by the number of their view; tensors (n, C) for MoCo
 
 # Steps before the capture: memory is allocated in them, and cuDNN, cuBLAS and Triton choose their kernels.
 EAGER_STEPS = 3
 
 
 class StepGraph:
-    """Computes the passes of a step: the first steps as usual, the later ones by a graph.
+    """Computes the forward and backward passes of a step: in the first steps as usual, in later steps by a graph.
 
     Args:
         parameters: of the method; after a step, their `grad` is the gradient.

@@ -30,9 +30,9 @@ def load_initial_weights(config: TrainConfig, method: nn.Module) -> str:
 
     All weights of the backbone come from the file. If the encoder in the file takes images with another number of
     channels, the first layer is adapted (`moco.models.first_layer.with_channels_of`). The momentum encoder gets its own
-    weights from a file with both networks. A head whose shapes differ keeps its random weights. The predictor and a
-    full queue of the same size are loaded too, if the head is: they belong to its embedding. No key in the file counts
-    as a key of an image of this run.
+    weights from a file with both networks. A head whose shapes differ keeps its random weights. If the head is loaded,
+    the predictor and a full queue of the same size are loaded too, because they belong to the head's embedding. No key
+    in the file counts as a key of an image of this run.
 
     `config.model` describes the network if the file does not.
 
@@ -47,7 +47,7 @@ def load_initial_weights(config: TrainConfig, method: nn.Module) -> str:
     file = _read(path, config, "encoder")
     try:
         momentum_file = _read(path, config, "momentum_encoder")
-    except ForeignFileError:  # one network only
+    except ForeignFileError:  # the file has one network only
         momentum_file = file
     encoder = method.get_submodule("encoder")
     networks = [(encoder, file)]

@@ -44,7 +44,7 @@ def load_teacher(config: TrainConfig) -> nn.Module:
 
     Raises:
         ConfigError: if the file does not exist, if the teacher's dimension is not `model.dim`, if it takes images with
-            another number of channels or range of values than the run's, or if ranks differ.
+            another number of channels or range of values than the run's, or if its weights differ between ranks.
         ForeignFileError, CheckpointError, ValueError: see `moco.interop.encoder_file.read_encoder`, `fit_to_size` and
             `moco.models.backbones.build_backbone`.
     """
@@ -102,7 +102,10 @@ def _check_images(config: TrainConfig, channels: int, dtype: str) -> None:
 
 
 def _from_file(config: TrainConfig) -> tuple[nn.Module, Normalization]:
-    """Return the encoder of a file, or its backbone, and the mean and standard deviation of its images."""
+    """Return the network in a file, and the mean and standard deviation of its images.
+
+    The network is the encoder if method.teacher_features=projection, otherwise only the encoder's backbone.
+    """
     method: Any = config.method
     path = Path(method.teacher)
     if path.is_dir():

@@ -28,8 +28,8 @@ PROFILED = 5  # steps in a profile, after as many steps of warm-up
 def encoder_flops(encoder: nn.Module, images: int, size: int) -> tuple[int, int]:
     """Count the floating point operations per image of a forward pass, and of a forward and backward pass.
 
-    Convolutions and matrix products count, a multiply-add as two. A copy of the encoder on the device "meta" is
-    counted, so nothing is computed.
+    Only convolutions and matrix products are counted; a multiply-add counts as two operations. The encoder is copied to
+    the device "meta", so nothing is computed.
 
     Args:
         encoder: images (N, channels, S, S) to embeddings (N, C).
@@ -47,7 +47,9 @@ def encoder_flops(encoder: nn.Module, images: int, size: int) -> tuple[int, int]
 def step_flops(method: Any, images: int, size: int, views: int, small: tuple[int, int] = (0, 0)) -> int:
     """Count the floating point operations of the encoders per sample of the batch; see `encoder_flops`.
 
-    Without a momentum encoder, all V views go through the encoder. `small` is (number of small views, their size).
+    Without a momentum encoder, the encoder makes a forward and a backward pass for each of the `views`. With a momentum
+    encoder, the encoder makes `method.passes` forward and backward passes, and the momentum encoder as many forward
+    passes. `small` is (number of small views, their size).
     """
     forward, both = encoder_flops(method.encoder, images, size)
     if getattr(method, "momentum_encoder", None) is None:

@@ -238,8 +238,8 @@ class Trainer:
         values = schedule_values(config, self.plan, self.peak_lr, step)
         method.temperature = values.get("temperature", method.temperature)
         method.step = step
-        # Only dropout and drop-path, in timm models, draw from torch's generator. With a seed per step they resume
-        # exactly too. The masks differ between ranks.
+        # Only dropout and drop-path, in timm models, draw from torch's generator. A resumed run draws the same masks,
+        # because each step has its own seed. The masks differ between ranks.
         torch.manual_seed(step_seed(config.seed, step * world_size() + rank()))
         settings = replace(self.settings, lr=values["lr"], momentum=values["momentum"])
         shuffles = self.plan.shuffles(step, len(self.views)) if config.model.shuffle_keys else None
@@ -277,7 +277,10 @@ class Trainer:
     # ---- checkpoints
 
     def _save_if_due(self, done: int) -> bool:
-        """Save after the last step, at the intervals of `config.checkpoint`, and with `keep_best` after a new best."""
+        """Save after the last step and at the intervals of `config.checkpoint`. Return whether a checkpoint was saved.
+
+        With `keep_best`, also save after an evaluation with the best result so far.
+        """
         best = self._is_best(done)
         due = done == self.plan.total_steps or best or self.schedule.is_due(done)
         if not due and done % min(self.config.log_every, 10) == 0:  # not after each step, because all ranks wait
@@ -389,7 +392,7 @@ class Trainer:
             self.doctor.record(values)
 
     def _synchronize_unreadable(self) -> None:
-        """Share the unreadable images that each rank has found; report the first ones."""
+        """Share the unreadable images that each rank has found; log a line when the first ones are found."""
         unreadable = self.unreadable
         if unreadable is not None and (new := unreadable.synchronize()) and new == len(unreadable.found):
             self.display.log(f"unreadable images are replaced by others and listed in {unreadable.file}: {new} so far")

@@ -1,7 +1,10 @@
-"""The checks of the doctor, causes before consequences. Each returns an alarm with evidence and a remedy, or None.
+"""The checks of the doctor, causes before consequences.
 
-The thresholds are set so that the settings of the published recipes and this project's own runs (digits, CIFAR-10)
-raise no alarm, and deliberately broken runs on the digits do. `tests/analysis/runs.json` holds their records.
+Each check returns an alarm with evidence and a remedy, or None.
+
+With these thresholds, the settings of the published recipes and this project's own runs (digits, CIFAR-10) raise no
+alarm, and deliberately broken runs on the digits raise alarms. `tests/analysis/runs.json` holds the records of these
+runs.
 """
 
 import math
@@ -32,15 +35,18 @@ from moco.analysis.doctor.settings import (
     stale_queue,
 )
 
-LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.03, 1.0  # published: from 0.05 to 1, the value of MoCo v3 with a ResNet
+# Published temperatures are 0.05 to 1; MoCo v3 uses 1 with a ResNet.
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.03, 1.0
 # Effective negatives: with fewer, the gradient comes from the nearest negative, which is often of the query's class.
 FEW_NEGATIVES = 2.0
 # Effective negatives as a share of all negatives. Above it, the standard deviation of the similarities is below about
 # T / 7: no negative stands out.
 ALL_NEGATIVES = 0.99
-# A spread. Below it, as for an untrained encoder, all negatives count equally at any temperature.
+# A spread of the embeddings. With a lower spread, such as that of an untrained encoder, all negatives count equally at
+# any temperature.
 SPREAD_OUT = 0.5
-# Share of the queries that find their key. Above it, equal weights are normal: well-spread features have them at T = 1.
+# Share of the queries that find their key. Above it, it is normal that all negatives count equally: with well-spread
+# features they do at T = 1.
 RECOGNIZED = 0.5
 
 
@@ -73,8 +79,8 @@ def temperature_too_high(series: Series, facts: Facts) -> Alarm | None:
     return Alarm("temperature too high", evidence, "method.temperature=0.1 to 0.2 (below 1 in any case)")
 
 
-# Share of the queries with their own key among the negatives. Keys that are enqueued before the loss affect all
-# queries, a beginning collapse only some of them.
+# Share of the queries with their own key among the negatives. If keys are enqueued before the loss is computed, these
+# are all queries. When embeddings begin to collapse, these are only some queries: some other keys equal their key.
 MAX_DUPLICATES = 0.1
 LOG_2_MARGIN = 0.05  # nats above log 2 that the other negatives may still add in a well-trained run
 SOLVED = 0.99  # share of the queries that find their key; without shuffling over 0.999 (He et al., 2020, Fig. A.1)
@@ -178,8 +184,8 @@ def _spikes(series: Series) -> int:
 # after a collapse.
 COLLAPSED_SPREAD = 0.1
 RANK_FALL = 0.25  # share of the highest rank so far; the rank also falls in some healthy runs (2,000 images: 79 to 12)
-# Share of the first step's norm. On the digits, healthy runs end at 0.06 or more, runs that optim.lr=1 made collapse
-# below 0.001.
+# Gradient norm as a share of its value in the first step. On the digits, healthy runs end at 0.06 or more. Runs that
+# collapse because of optim.lr=1 end below 0.001.
 GRADIENT_GONE = 0.01
 ONE_POINT = 0.98  # a positive similarity that shows a collapse only while the loss is at chance
 
@@ -258,7 +264,10 @@ def nothing_learned(series: Series, facts: Facts) -> Alarm | None:
 
 
 def _gain(series: Series, name: str, facts: Facts) -> tuple[float, str]:
-    """Return the gain of an evaluation since the first step, minus its noise, in percentage points; and a text."""
+    """Return the gain of an evaluation since the first step, minus its noise, in percentage points; and a text.
+
+    The text states both values and the noise. Without a second value the result is (nan, "").
+    """
     values = series.get(name, ())
     if len(values) < 2:
         return math.nan, ""

@@ -1,4 +1,4 @@
-"""The alarms that depend only on the settings of a run, so that they can be raised before its first step."""
+"""The alarms that depend only on the settings of a run. They can be raised before the first step of the run."""
 
 import math
 
@@ -22,8 +22,8 @@ def momentum_too_low(series: Series, facts: Facts) -> Alarm | None:
 # The largest share of its initial weights that the momentum encoder may keep until the end of the run. The recipe
 # digits keeps 0.05, cifar10_cpu 1e-5.
 MAX_KEPT = 0.5
-# The largest share that a proposed momentum may leave. At momentum 0.99, the lowest of the published range, this
-# needs 299 steps.
+# The largest share of the initial weights that may be left at the end of the run with a proposed momentum. At momentum
+# 0.99, the lowest of the published range, this needs 299 steps.
 MAX_KEPT_BY_REMEDY = 0.05
 
 

@@ -2,8 +2,8 @@
 
     RankMe (Garrido et al., ICML 2023); alpha-ReQ (Agrawal et al., NeurIPS 2022); Wang & Isola (ICML 2020)
 
-The measures use training images without labels. The accuracies they are compared with (few-label kNN and a linear
-probe) use held-out images; they do not influence the choice.
+The measures use training images without labels. The measures are compared with two accuracies on held-out images:
+few-label kNN and a linear probe. The accuracies do not influence the choice.
 
 Legend: N measured images, D feature dimension.
 """
@@ -52,7 +52,7 @@ RESULTS = "choose.json"  # not results.json: the output may be a run directory, 
 PROBE = Recipe(epochs=100, batch_size=0, momentum=0.9, normalize="standard", seed=0)
 PROBE_SETTING = Setting("output", 0.1, 1e-3)  # for every checkpoint; 100 epochs suffice to fit the few images
 EVALUATIONS = {"knn": "few-label kNN", "probe": "linear probe"}
-SCORES: dict[str, Callable[[float], float]] = {  # of the value of a measure; the higher the better
+SCORES: dict[str, Callable[[float], float]] = {  # the score of a measure's value; the highest score is best
     "highest": lambda value: value,
     "lowest": lambda value: -value,
     "nearest to 1": lambda value: -abs(value - 1),
@@ -105,11 +105,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well a measure and an accuracy agree on the order of checkpoints."""
+    """How well a measure and an accuracy agree on the order of checkpoints.
+
+    A correlation is None if it is undefined, see `_correlation`.
+    """
 
     within: float | None  # Spearman's rank correlation within a run, mean over the runs
-    across: float | None  # among the last checkpoints of all runs
-    everything: float | None  # among all checkpoints
+    across: float | None  # Spearman's rank correlation among the last checkpoints of all runs
+    everything: float | None  # Spearman's rank correlation among all checkpoints
     lost_within: float  # percentage points lost by choosing within a run by the measure, mean over the runs
     lost_across: float  # percentage points lost by choosing among the last checkpoints of all runs
     lost_everything: float  # percentage points lost by choosing among all checkpoints
@@ -220,7 +223,8 @@ def _refuse_different_data(files: Mapping[str, Sequence[Path]], config: ChooseCo
     for run in others:
         own = read_encoder(files[run][-1]).config["data"]
         for field in ("name", "root", "more_roots", "eval_root", "labels", "label_file"):
-            here, there = own.get(field) or "", of_first.get(field) or ""  # runs of older versions lack some
+            # Runs of older versions lack some of these fields.
+            here, there = own.get(field) or "", of_first.get(field) or ""
             difference = f"{run} has data.{field}={here or repr('')}, but {first} has {there or repr('')}"
             require(field in given or here == there, f"runs: {difference}: choose runs on the same images")
     return first
@@ -284,7 +288,10 @@ def agreements(points: Sequence[Point]) -> dict[str, dict[str, Agreement]]:
 
 
 def _correlation(points: Sequence[Point], measure: str, evaluation: str) -> float | None:
-    """Return Spearman's rank correlation of score and accuracy; None if either is constant."""
+    """Return Spearman's rank correlation of score and accuracy.
+
+    None if fewer than three checkpoints have a score, or if all scores or all accuracies are equal.
+    """
     from scipy.stats import spearmanr  # costs half a second at start-up
 
     pairs = [(point.score(measure), point.accuracies[evaluation]) for point in points]
