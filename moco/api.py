@@ -60,7 +60,7 @@ class LoadedClassifier(nn.Module):
     """An encoder with the linear classifier that `moco.linear` trained on it.
 
     Attributes:
-        encoder: a `LoadedEncoder`; classifies what its `transform` prepares.
+        encoder: a `LoadedEncoder`, whose `transform` prepares the images for the classifier.
         head: the linear layer, a `LinearHead`; `head.about` is the metadata of the file.
         classes: the names of the L classes, in the order of the scores.
     """
@@ -71,9 +71,10 @@ class LoadedClassifier(nn.Module):
         self._features = LayerFeatures(encoder.backbone, [head.about["layer"]], encoder.info["images"]["size"])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the scores (N, L) of prepared images (N, C, S, S): softmax gives probabilities.
+        """Return the scores (N, L) of prepared images (N, C, S, S).
 
-        If images can have several labels, sigmoid gives the probability of each class.
+        If each image has one label, the softmax of the scores gives probabilities. If images can have several labels,
+        the sigmoid of each score gives the probability of its class.
         """
         return self.head(self._features(images))
 
@@ -137,7 +138,7 @@ def load_encoder(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds no encoder that can be read; the message says why.
+        ValueError: if the file holds no encoder that can be read; the message says why.
     """
     require(bits is None or bits in range(8, 17), f"bits={bits} must be within 8 ... 16")
     path = str(source) if str(source).startswith(HUB) else str(Path(source).expanduser())
@@ -155,7 +156,7 @@ def load_classifier(file: str | Path, encoder: LoadedEncoder | None = None) -> L
 
     Args:
         file: `linear.safetensors`, or `linear_PROTOCOL.safetensors`.
-        encoder: on which it was trained. None: it is loaded from where it was then.
+        encoder: the encoder on which the classifier was trained. None: load it from the path that `file` states.
 
     Raises:
         FileNotFoundError: if a file does not exist.
@@ -168,7 +169,7 @@ def load_classifier(file: str | Path, encoder: LoadedEncoder | None = None) -> L
         network = {"backbone": about["backbone"], "options": about.get("options")}
         encoder = load_encoder(about["encoder"], **network, size=look["size"], resize=look["resize"])
     info, fix = encoder.info, "give its own, encoder=moco.load_encoder(...)"
-    names = ("sha256",) if "sha256" in about else ("backbone", "step")  # of files of earlier versions
+    names = ("sha256",) if "sha256" in about else ("backbone", "step")  # for files of earlier versions
     whose = f"{path} belongs to the encoder {about['encoder']} (step {about['step']})"
     same = all(info[name] == about[name] for name in names)
     require(same, f"{whose}, and {info['source']} (step {info['step']}) has other weights: {fix}")

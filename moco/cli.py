@@ -30,13 +30,13 @@ _IMAGE_ADVICE = {
 }
 
 
-# Commands that continue when they are run again. What they kept, they say themselves, see `keeping`.
+# Commands that resume when they are run again. Each command reports itself what it has kept, see `keeping`.
 _RESUMABLE = {"train", "pack", "embed", "search", "finetune", "segment", "detect", "transfer", "temperature"}
 
 
 @dataclass(frozen=True)
 class Command(Generic[Schema]):
-    """A command: `main` runs it with the command line's configuration; a call runs it with a given one.
+    """A command: `main` runs it with the configuration of the command line; a call runs it with a given configuration.
 
     Attributes:
         name: The name of its file in configs/, without the ending.
@@ -54,7 +54,7 @@ class Command(Generic[Schema]):
     def __call__(self, config: Schema) -> None:
         self.check(config)
         if isinstance(config, ResumableConfig):
-            with PreemptionHandler(config.stop_after) as preemption:  # from before the import, which takes seconds
+            with PreemptionHandler(config.stop_after) as preemption:  # the import in `_work` takes seconds
                 self._work()(config, preemption)
         else:
             self._work()(config)
@@ -124,7 +124,7 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
         raise
     except (ValueError, OSError, FloatingPointError, MemoryError, Warning) as error:  # Warning: python -W error
         sentence = _naming_field(_sentence(error), config)
-        if type(error) is FileNotFoundError and error.errno is None:  # raised by moco: the system's have a number
+        if type(error) is FileNotFoundError and error.errno is None:  # raised by moco: system errors have a number
             _exit(2, sentence, error)
         hint = "" if _explains_itself(error) else " (MOCO_TRACEBACK=1 shows where)"
         _exit(1, f"{sentence}{_image_advice(name, error)}{hint}", error)
@@ -141,13 +141,13 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
 
 
 def _how_to_continue(name: str, stopped: BaseException) -> str:
-    """Return the rest of the sentence about a stop; "" for a command that starts again."""
+    """Return the end of the sentence about a stop: how to continue; "" for a command that cannot resume."""
     notes = getattr(stopped, "__notes__", ["run the same command again"] if name in _RESUMABLE else [])
     return f"; {notes[0]}" if notes else ""
 
 
 def _silence_finalizers() -> None:
-    """Keep Python from printing errors of finalizers: a signal may have interrupted the constructor of their object."""
+    """Keep Python from printing errors of finalizers: a signal may have interrupted a constructor."""
     sys.unraisablehook = lambda _: None
 
 
@@ -161,7 +161,10 @@ def _sentence(error: BaseException) -> str:
 
 
 def _naming_field(sentence: str, config: Any) -> str:
-    """Put a path field's name before a sentence that begins with its value. Of several, take the longest value."""
+    """Put the name of a path field before a sentence that begins with the value of the field.
+
+    If the values of several fields match, the longest value decides.
+    """
     found = [
         (len(str(path)), name)
         for name, value in (paths_of(config) if config else ())
@@ -192,7 +195,7 @@ def _is_image_error(error: BaseException) -> bool:
 
 
 def _explains_itself(error: BaseException) -> bool:
-    """Return whether a statement of moco raised the error, so that its sentence says what to do."""
+    """Return whether a `raise` statement of moco raised the error. Then its message says what to do."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return Path(last.filename).is_relative_to(Path(__file__).parent) and str(last.line).startswith("raise ")
 

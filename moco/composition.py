@@ -35,7 +35,8 @@ from moco.runtime.stdio import exit_on_broken_pipe
 
 Schema = TypeVar("Schema")
 
-# The groups with several schemas, by the type of their field: the defaults list of configs/GROUP/OPTION.yaml names one.
+# The groups with several schemas, by the type of their field: the defaults list of a file
+# configs/GROUP/OPTION.yaml names one of these schemas.
 SCHEMAS: dict[Any, dict[str, type[MethodConfig]]] = {MethodConfig: METHODS}
 
 
@@ -80,7 +81,7 @@ def compose(name: str, schema: type[Schema]) -> list[Schema]:
 
 
 def _plugins_named(arguments: Sequence[str]) -> list[str]:
-    """Return the plug-ins of a command line, or else of its recipe, before Hydra reads either.
+    """Return the plug-ins of a command line, or else of its recipe, before Hydra reads these two.
 
     A value of another form than a list of names is left to Hydra and the schema, which refuse it.
     """
@@ -143,7 +144,7 @@ def _refuse_unloaded_plugins(config: Any) -> None:
 
 
 def _with_recipe(config: DictConfig) -> DictConfig:
-    """Record the name of the chosen recipe, for moco.train; called while Hydra runs."""
+    """Return the configuration; for moco.train, store the name of the recipe in it. Called while Hydra runs."""
     recipe = HydraConfig.get().runtime.choices.get("experiment")
     if recipe:
         config.recipe = str(recipe)
@@ -171,7 +172,8 @@ def to_dataclass(composed: DictConfig, schema: type[Schema]) -> Schema:
     """Return a composed configuration, to which `+field=value` may have added fields, as an object of its schema.
 
     Raises:
-        ConfigError: if a group's name is not that of its schema, or for a list inside a list of texts or numbers.
+        ConfigError: if the field `name` of a group does not match the schema of the group, or for a list inside a list
+            of texts or numbers.
         OmegaConfBaseException: for an unknown field or any other value of a wrong type.
     """
     typed = OmegaConf.structured(schema)
@@ -212,8 +214,8 @@ def _refuse_shared_output(composed: list[DictConfig], names: Iterable[str]) -> N
 def register(name: str, schema: type, scratch: str = ".") -> None:
     """Register the schemas, the config `quiet` (settings of Hydra) and the options of plug-ins with Hydra.
 
-    The defaults lists in configs/ refer to the schemas and to `quiet`. With `quiet`, Hydra writes one file only: with
-    --multirun, multirun.yaml in the directory `scratch`.
+    The defaults lists in configs/ refer to the schemas and to `quiet`. With `quiet`, Hydra writes no files, except
+    multirun.yaml in the directory `scratch` if --multirun is given.
     """
     store = ConfigStore.instance()
     store.repo = _Shared(store.repo)
@@ -241,13 +243,13 @@ class _Shared(dict[str, Any]):
 
 
 def _options_of_plugins() -> dict[str, list[str]]:
-    """Return the names that plug-ins add to groups: method=NAME with the defaults of its schema, and data=NAME."""
+    """Return the names that plug-ins add to the groups `method` and `data`, by group: options of method= and data=."""
     sources = sys.modules.get("moco.data.sources")  # not imported here: that needs torch
     return {"method": METHODS.added, "data": sources.SOURCES.added if sources else []}
 
 
 def _groups(name: str) -> str:
-    """Return the groups of `configs/NAME.yaml` and their options, a line each, for its --help."""
+    """Return the groups of `configs/NAME.yaml` and their options, one line per group, for the --help of the command."""
     folder = Path(config_dir())
     defaults = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))["defaults"]
     groups = [str(key) for each in defaults if isinstance(each, dict) for key in each if (folder / key).is_dir()]
@@ -354,7 +356,7 @@ def _did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.7) -> str:
 
 
 def field_types(schema: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the types of all fields of a nested dataclass by dotted name. A group has those of all its schemas."""
+    """Return the types of all fields of nested dataclasses by dotted name; a group has the fields of its schemas."""
     types = {}
     for each in fields(schema):
         types[prefix + each.name] = each.type

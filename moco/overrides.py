@@ -84,7 +84,7 @@ def _override(argument: str, types: Mapping[str, Any], sweep: bool) -> str:
             _refuse_several(name, value, kind)
         return argument  # Hydra refuses it as ambiguous
     if len(values) == 1 and not _is_list(value):
-        values = [value]  # with its spaces
+        values = [value]  # `split` would remove the spaces around it
     return f"{key}={','.join(_value(name, each, kind, group, sweep) for each in values)}"
 
 
@@ -150,7 +150,7 @@ def _refuse_copied(argument: str) -> None:
 
 
 def _refuse_several(name: str, value: str, kind: Any) -> None:
-    """Refuse several values, separated by commas, without --multirun. Hydra itself refuses those of other types."""
+    """Refuse several values, separated by commas, without --multirun. Hydra itself refuses other types."""
     texts = [_plain(each) for each in split(value)]
     if list[str] in members(kind):
         one = f"or, for one entry with a comma, {override(name, [value])}"
@@ -189,7 +189,7 @@ def _value(name: str, value: str, kind: Any, group: bool, sweep: bool) -> str:
 
 
 def _parts(value: str) -> list[Any]:
-    """Return the values in a list, each as Hydra reads it, or as text if Hydra cannot."""
+    """Return the values in a list, each as Hydra reads it, or as text if Hydra cannot read it."""
     texts = split(value.strip()[1:-1])
     return [text if isinstance(parsed := _parse(text), _Unreadable) else parsed for text in texts]
 
@@ -247,7 +247,7 @@ def _parse(value: str) -> Any:
 
 
 def split(text: str) -> list[str]:
-    """Split at the commas outside quotes and brackets, and remove the spaces around each part; [""] for no text."""
+    """Split at the commas outside quotes and brackets, and remove spaces around each part; [""] for an empty text."""
     parts, depth, quote = [""], 0, ""
     for i, letter in enumerate(text):
         opens = not parts[-1].strip()  # a quote inside of text is an apostrophe

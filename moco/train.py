@@ -14,7 +14,7 @@ def train(config: TrainConfig) -> None:
         Preempted: if a signal or `config.stop_after` stopped the run before its end.
     """
     check(config, launched_processes())
-    # Signals are caught before torch is imported: that takes seconds, in which a launcher may stop the run.
+    # Signals are caught before torch is imported: the import takes seconds, in which a launcher may stop the run.
     with PreemptionHandler(config.stop_after) as preemption:
         from moco.training.trainer import pretrain
 

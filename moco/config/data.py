@@ -141,7 +141,7 @@ def is_remote(name: str, root: str) -> bool:
 
 
 def refuse_hold_out(data: SubjectDataConfig) -> None:
-    """Raise ConfigError if a command that ignores data.hold_out gets it."""
+    """Raise ConfigError if data.hold_out is set, for a command that ignores it."""
     require(data.hold_out == 0, f"data.hold_out={data.hold_out} has no effect in this command: remove it")
 
 
@@ -152,8 +152,8 @@ def check_normalization(
 
     Args:
         group: the configuration group of mean and std, for the error.
-        mean, std: of each channel.
-        channels: their number.
+        mean, std: mean and standard deviation of each channel.
+        channels: the number of channels.
         dtype: data.dtype of the images.
         whose: where the number of channels comes from, for the error.
         compute: the command that computes mean and std, for the error.

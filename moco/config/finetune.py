@@ -91,5 +91,5 @@ def check_finetune(config: FinetuneConfig, processes: int = 1) -> None:
 
 
 def fraction_of(config: FinetuneConfig) -> float | None:
-    """Return the fraction of each class that has labels; None if another field selects the labeled images."""
+    """Return the fraction of the images of each class that are labeled; None if another field selects these images."""
     return None if config.labels_per_class or config.subset_list else config.fraction or 0.01

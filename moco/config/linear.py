@@ -1,4 +1,4 @@
-"""The configuration of a linear probe, `python -m moco.linear`. Values are in `configs/protocol/`."""
+"""The configuration of a linear probe, `python -m moco.linear`. `configs/protocol/` has the values of each protocol."""
 
 from dataclasses import dataclass, field
 from typing import Any

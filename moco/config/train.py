@@ -329,7 +329,7 @@ def _check_shard(config: TrainConfig) -> None:
 
 
 def bn_sync_fields(config: TrainConfig, processes: int) -> str:
-    """Return the fields that set model.bn=sync, and those that turn off what excludes it."""
+    """Return the overrides that set model.bn=sync and turn off the settings that cannot be combined with it."""
     graph = config.cuda_graph and processes > 1
     return "model.bn=sync" + " accumulate=1" * (config.accumulate > 1) + " cuda_graph=false" * graph
 
@@ -361,7 +361,7 @@ def _check_batch(config: TrainConfig, processes: int) -> None:
 
 
 def _check_groups(config: TrainConfig, processes: int, smaller: int) -> None:
-    """Check that the size of BN groups divides a micro-batch. `smaller` is a smaller one that does, or 0."""
+    """Check that the size of BN groups divides a micro-batch. `smaller` is a smaller size that divides it, or 0."""
     parts, group = processes * config.accumulate, config.model.bn_group_size
     micro_batch = config.batch_size // parts
     fixes = [f"batch_size={_nearest_batch(config, parts)}"]
@@ -378,12 +378,12 @@ def _check_groups(config: TrainConfig, processes: int, smaller: int) -> None:
 
 
 def _largest_divisor(images: int, most: int) -> int:
-    """Return the largest divisor of a number of images within 2 ... `most`; 0 without one."""
+    """Return the largest divisor of a number of images within 2 ... `most`; 0 if there is none."""
     return max((each for each in range(2, min(images, most) + 1) if images % each == 0), default=0)
 
 
 def _nearest_batch(config: TrainConfig, parts: int) -> int:
-    """Return the nearest batch size that divides over parts and BN groups, with at least two images for BN."""
+    """Return the nearest batch size that can be divided into `parts` and BN groups, with at least two images for BN."""
     model = config.model
     unit = parts * (max(2, model.bn_group_size) if model.bn == "grouped" else 1)
     lowest = 2 * parts if model.bn == "batch" else 2
@@ -391,7 +391,7 @@ def _nearest_batch(config: TrainConfig, parts: int) -> int:
 
 
 def _batch_fixes(config: TrainConfig, parts: int) -> str:
-    """Return the fields that make the batch divide over the parts: with the BN groups, or with smaller ones."""
+    """Return the overrides with which the batch can be divided into `parts`, for these BN groups or smaller ones."""
     nearest, multiple = _nearest_batch(config, parts), max(2, round(config.batch_size / parts)) * parts
     group = _largest_divisor(multiple // parts, config.model.bn_group_size)
     other = config.model.bn == "grouped" and multiple != nearest and group

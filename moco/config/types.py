@@ -14,7 +14,7 @@ _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "tex
 
 
 def members(kind: Any) -> tuple[Any, ...]:
-    """Return the types of a union; a type itself for any other type."""
+    """Return the types of a union; for any other type, a tuple of this type only."""
     return (kind,) if get_origin(kind) in (list, dict) else get_args(kind) or (kind,)
 
 

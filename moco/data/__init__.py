@@ -1,1 +1,1 @@
-"""Images in, views out: sources, random numbers without state, crops, device augmentation, loaders."""
+"""Make views of images: sources, random numbers without state, crops, augmentation on the device, loaders."""

@@ -63,8 +63,8 @@ def crop_one(
 def largest_shrink(views: Sequence[View], uniforms: Sequence[NDArray[np.float32]], height: int, width: int) -> int:
     """Return the largest factor by which an image may shrink in decoding without any crop being enlarged because of it.
 
-    It is 1 if a view is resized without antialiasing: decoding averages pixels, as antialiasing does, while such a view
-    needs single pixels of the full image. An image is decoded once for all of its views. For each view, `uniforms`
+    The factor is 1 if a view is resized without antialiasing: such a view needs single pixels of the full image, while
+    decoding at a smaller size averages pixels. An image is decoded once for all of its views. For each view, `uniforms`
     holds the image's row of `draw_crop`.
 
     Returns:
@@ -85,7 +85,7 @@ def augment(crops: Tensor, params: Params, view: View) -> Tensor:
 
     Args:
         crops: uint8, uint16 or float32, shape (N, C, S, S), on any device.
-        params: of the same samples in the same order, from `draw` with the same view.
+        params: the parameters of the same samples in the same order, drawn by `draw` for the same view.
         view: the recipe.
 
     Returns:
@@ -175,10 +175,10 @@ def _gray_(x: Tensor, plan: dict[str, Tensor]) -> None:
 
 
 def _jitter_(x: Tensor, params: Params, plan: dict[str, Tensor], view: View) -> None:
-    """Apply the color operations, in each sample's own order: four for RGB, and two for other channels.
+    """Apply the color operations, four for RGB and two for other channels, in each sample's own order.
 
-    In each of four turns the samples are sorted by their next operation, so that an operation works in place on one
-    contiguous block; this costs one copy per turn.
+    There are four rounds. In each round the samples are sorted by their next operation, so that an operation works in
+    place on one contiguous block. This costs one copy per round.
     """
     strengths = (view.brightness, view.contrast, view.saturation, view.hue)
     order = params.order[params.jitter]  # (J, 4)
@@ -202,14 +202,16 @@ def _jitter_(x: Tensor, params: Params, plan: dict[str, Tensor], view: View) -> 
 
 
 def _plan(params: Params, view: View, use_kernels: bool = False) -> dict[str, NDArray[Any]]:
-    """Return rows and parameters of each operation, int64 and float32; an operation without samples has no entry.
+    """Return, for each operation, the rows of its samples, int64, and their parameters, float32, by name.
 
-    With `use_kernels`, a table holds the parameters of the operations that kernels compute.
+    An operation without samples has no entry. With `use_kernels`, the entry "table" holds the parameters of the
+    operations that kernels compute.
     """
     plan: dict[str, NDArray[Any]] = {}
     for name in ("mean", "std"):
         plan[name] = np.asarray(getattr(view, name), dtype=np.float32).reshape(1, -1, 1, 1)
-    # Before arrays of varying size, so that its offset never changes: Triton compiles anew for another alignment.
+    # The table comes before the arrays of varying size, so that its offset in the copy to the device never changes:
+    # Triton would compile a kernel again for another alignment.
     if use_kernels:
         plan["table"] = _table(params, view)
     else:
@@ -242,7 +244,7 @@ def _plan_one_by_one(params: Params, view: View) -> dict[str, NDArray[Any]]:
         rows = plan["jitter"]
         for turn in range(4):
             by_operation = np.argsort(params.order[rows, turn], kind="stable")
-            # The first turn selects from the batch, the others from the block of the previous turn.
+            # The first round selects from the batch, each later round from the block of the previous round.
             plan[f"take{turn}"] = by_operation if turn else rows[by_operation]
             rows = rows[by_operation]
             plan[f"factor{turn}"] = _factors_of(params, rows, params.order[rows, turn])
@@ -251,7 +253,7 @@ def _plan_one_by_one(params: Params, view: View) -> dict[str, NDArray[Any]]:
 
 
 def _table(params: Params, view: View) -> NDArray[np.float32]:
-    """Return the parameters of each sample for `moco.kernels.augment`, which describes the columns."""
+    """Return a row of parameters per sample for `moco.kernels.augment`, which describes the columns."""
     off = np.array([view.brightness, view.contrast, view.saturation, view.hue]) == 0  # (4,)
     turns = np.where(~params.jitter[:, None] | off[params.order], 4, params.order)  # (n, 4)
     factors = np.take_along_axis(params.factors, params.order, axis=1)  # (n, 4)

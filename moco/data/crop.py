@@ -5,9 +5,9 @@ Two routes return the same bits. The streamed route crops and resizes single ima
 (`resized_crops`), with the integer weights that ATen uses for uint8. So (seed, epoch, sample index, stream) determines
 a view on either route.
 
-Both routes scale a crop down in one of two ways. With antialiasing a pixel is the weighted mean of all pixels that it
-covers; without, it is interpolated between the two nearest pixels along each axis. When a crop is enlarged, both ways
-agree. Pixels outside the box have no influence.
+Both routes scale a crop down in one of two ways. With antialiasing, an output pixel is the weighted mean of all input
+pixels that it covers. Without antialiasing, an output pixel is interpolated between the two nearest input pixels along
+each axis. When a crop is enlarged, both ways agree. Pixels outside the box of the crop have no influence.
 
 Images deeper than 8 bits take the same two routes, through `moco.data.deep_crop`.
 
@@ -99,7 +99,8 @@ def resized_crop(image: Tensor, box: ArrayLike, size: int, antialias: bool = Tru
     """Crop one box (top, left, height, width) from an image (C, H, W) on the CPU and resize it to (C, S, S).
 
     This is the streamed route. It calls ATen directly: torchvision's `resized_crop` makes the same call on CPUs with
-    AVX2 (or ARM), but rounds a float result (off by up to one level) on others, so views would depend on the machine.
+    AVX2 (or ARM). On other CPUs it rounds a float result, which differs by up to one level, so views would depend on
+    the machine.
     """
     top, left, height, width = (int(value) for value in np.asarray(box))
     window = image[None, :, top : top + height, left : left + width]
@@ -112,8 +113,8 @@ def shrunk_box(box: NDArray[np.int64], factor: int) -> NDArray[np.int64]:
     """Convert a box of the full image to the image that was decoded at 1 / factor of its size.
 
     Both boxes are (top, left, height, width) in pixels of their image; height and width must be at least `factor`.
-    Edges are rounded to whole pixels: an error of at most half a pixel of the view if the result has at least S pixels
-    per side.
+    Edges are rounded to whole pixels. The error is at most half a pixel of the view if the returned box has at least S
+    pixels per side.
     """
     start, stop = ((edge + factor // 2) // factor for edge in (box[:2], box[:2] + box[2:]))
     return np.concatenate([start, stop - start])
@@ -122,9 +123,10 @@ def shrunk_box(box: NDArray[np.int64], factor: int) -> NDArray[np.int64]:
 def resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int, antialias: bool = True) -> Tensor:
     """Crop a box from each image and resize it: the resident route, equal to `resized_crop` bit for bit.
 
-    Each axis is one matrix product with the sample's own weights, horizontal first, and rounded to integers in between,
-    as in ATen. Weights are ATen's integers times a power of two and pixels are integers, so all sums are exact, in any
-    order, on any device, unless the products are reduced to TF32 or bfloat16 (see `_exact_dtype`).
+    Each axis is resized by one matrix product with the sample's own weights. As in ATen, the horizontal axis comes
+    first, and its result is rounded to integers before the vertical axis follows. Weights are ATen's integers times a
+    power of two and pixels are integers, so all sums are exact, in any order, on any device, unless the products are
+    reduced to TF32 or bfloat16 (see `_exact_dtype`).
 
     Args:
         images: uint8, uint16 or float32, shape (N, C, H, W), on any device with float64.
@@ -161,7 +163,7 @@ def resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int, antialias
         n = len(top)
         # Rows come before channels, so that both products are plain batched ones.
         pixels = images[rows].permute(0, 2, 1, 3).to(dtype)  # (n, H, C, W)
-        with torch.autocast(device.type, enabled=False):  # it would reduce the products to bfloat16
+        with torch.autocast(device.type, enabled=False):  # autocast would reduce them to bfloat16
             pixels = pixels.reshape(n, height * channels, width).bmm(by_column)  # (n, H*C, S)
             pixels = pixels.add_(0.5).floor_().view(n, height, channels * size)  # (n, H, C*S)
             pixels = by_row.bmm(pixels).add_(0.5).view(n, size, channels, size)  # (n, S, C, S)
@@ -210,7 +212,8 @@ def _center(length: int, size: int) -> int:
 def _enlarged_center(image: Tensor, shape: tuple[int, int], size: int) -> Tensor:
     """Return the center (C, S, S) of an image enlarged to `shape`. To save memory, only the center is computed.
 
-    Equal to `F.interpolate` and a crop, bit for bit: the same weights as in `resized_crops`, horizontal first.
+    The result equals `F.interpolate` and a crop, bit for bit: the weights and the order of axes are those of
+    `resized_crops`.
     """
     rows, down = _center_weights(image.shape[1], shape[0], size)  # (S, h)
     columns, across = _center_weights(image.shape[2], shape[1], size)  # (S, w)
@@ -219,7 +222,7 @@ def _enlarged_center(image: Tensor, shape: tuple[int, int], size: int) -> Tensor
 
 
 def _center_weights(length: int, resized: int, size: int) -> tuple[slice, Tensor]:
-    """Return the n pixels of an axis on which the center of the enlarged axis depends, and their weights (S, n)."""
+    """Return the n pixels of an axis on which the center of the enlarged axis depends: a slice, and weights (S, n)."""
     outputs = _center(resized, size) + np.arange(size)
     first, taps = (each[0] for each in antialiased_taps(np.array([[float(length)]]), resized, outputs))  # (S,), (S, K)
     start, stop = int(first[0]), min(int(first[-1]) + taps.shape[1], length)
@@ -291,8 +294,8 @@ def antialiased_taps(
     """Return the weights of antialiased bilinear interpolation: a triangle over the input pixels around each center.
 
     `lengths`, shape (M, 1), are numbers of pixels to resize to S = `size`. Returns the first pixel of each output
-    pixel, shape (M, S), and its weights, shape (M, S, K), which sum to 1. With `outputs`, only these output pixels. The
-    triangle reaches to each side as far as one output pixel is wide, but at least one input pixel.
+    pixel, shape (M, S), and its weights, shape (M, S, K), which sum to 1. With `outputs`, only these output pixels
+    are computed. The triangle reaches to each side as far as one output pixel is wide, but at least one input pixel.
     """
     scale = lengths / size  # input pixels per output pixel
     support = np.maximum(scale, 1.0)

@@ -15,10 +15,10 @@ from moco.files import cause
 
 
 def other_forms(names: Collection[str], known: Iterable[str]) -> dict[str, str]:
-    """Return, for each name that is unknown but is known in another form of Unicode, the known name.
+    """Return, for each of `names` that is known only in another form of Unicode, the known name.
 
-    Only unambiguous pairs are returned: neither a name that has several candidates, nor names that share one. A known
-    name that also occurs in `names` is no candidate.
+    A name is left out if several known names are forms of it, or if another of `names` is a form of the same known
+    name. Known names that also occur in `names` are not returned.
     """
     if all(map(str.isascii, names)):
         return {}
@@ -29,7 +29,10 @@ def other_forms(names: Collection[str], known: Iterable[str]) -> dict[str, str]:
 
 
 def existing_path(path: str) -> str:
-    """Return the path of a file or folder in the form of Unicode in which it exists; if it does not exist, `path`."""
+    """Return the path of a file or folder in the form of Unicode in which it exists.
+
+    Return `path` itself if it exists, or if no form or several forms of it exist.
+    """
     if path.isascii() or os.path.lexists(path):
         return path
     folder, name = os.path.split(path)
@@ -43,7 +46,7 @@ def existing_path(path: str) -> str:
 
 
 def normal_form(name: str) -> str:
-    """Return a text in Unicode's form NFC, which is the same for all forms of it."""
+    """Return a text in Unicode's form NFC, which is the same for all forms of the text."""
     return unicodedata.normalize("NFC", name)
 
 

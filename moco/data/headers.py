@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from moco.data.walk import IMAGE_FORMATS
 
+# The first bytes of a TIFF or BigTIFF.
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _WHITE_IS_ZERO = 0  # a value of the tag PhotometricInterpretation
 _SEPARATE = 2  # a value of the tag PlanarConfiguration
@@ -38,7 +39,7 @@ def tiff_pages(data: bytes) -> list[Page]:
     pages = []
     with contextlib.suppress(Exception):  # PIL raises errors of many types
         for tags in _directories(data):
-            pages.append(_page(tags))  # noqa: PERF401  # those before the damaged one are kept
+            pages.append(_page(tags))  # noqa: PERF401  # the pages before the damaged one are kept
     return pages
 
 
@@ -108,7 +109,8 @@ def has_deep_color(image: Image.Image) -> bool:
 def misreads_bands(image: Image.Image) -> bool:
     """Return whether PIL would misread a TIFF that stores band after band; call it before loading.
 
-    If the bands are not those of a color, PIL reads only the first one. It reads uncompressed color of 16 bits as 8.
+    If the bands are not those of a color, PIL reads only the first one. PIL reads uncompressed color of
+    16 bits as color of 8 bits.
     """
     if not _by_band(getattr(image, "tag_v2", {})):
         return False
@@ -138,7 +140,10 @@ def stated_values(image: Image.Image) -> NDArray[Any]:
 
 
 def deep_white_is_zero(image: Image.Image) -> bool:
-    """Return whether zero is white in a loaded image of more than 8 bits; PIL inverts the others when it loads them."""
+    """Return whether zero is white in a loaded image of more than 8 bits.
+
+    PIL inverts images of up to 8 bits when it loads them.
+    """
     photometric = getattr(image, "tag_v2", {}).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION)
     return photometric == _WHITE_IS_ZERO and image.mode[0] in "IF"
 

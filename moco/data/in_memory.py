@@ -31,7 +31,7 @@ def to_pixels(image: Any, pixel_format: PixelFormat = RGB) -> Tensor:
 
     Raises:
         ImageError: if a file cannot be read.
-        ValueError: for an image that is none of these, or has another shape or type.
+        ValueError: if `image` is none of these, or an array or tensor has another shape or type.
     """
     if isinstance(image, str | os.PathLike):
         return decode(os.fspath(image), pixel_format)
@@ -76,7 +76,7 @@ def _has_channels(image: Tensor | NDArray[Any], array: NDArray[Any], channels: i
 
 
 def _of_pil(image: Image.Image, pixel_format: PixelFormat) -> Tensor:
-    """Convert a PIL image; one that is not loaded is decoded from its file, because PIL would lose bits and bands."""
+    """Convert a PIL image. If it is not loaded yet, its file is decoded here, because PIL would lose bits and bands."""
     name = getattr(image, "filename", "") or "in memory"
     if 0 in image.size:
         raise ValueError(f"the image has no pixels: its size is {image.width} x {image.height}")
@@ -94,7 +94,7 @@ def _of_pil(image: Image.Image, pixel_format: PixelFormat) -> Tensor:
 
 
 def _content(image: Image.Image) -> bytes:
-    """Return the content of the file of an image that is not loaded; b"" for others, and for later frames."""
+    """Return the content of the file of an image that is not loaded; b"" for a loaded image, or for a later frame."""
     file = getattr(image, "fp", None)
     if file is None or not getattr(image, "tile", None) or image.tell() != 0:
         return b""

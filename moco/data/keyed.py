@@ -30,11 +30,12 @@ SHARDS = 3_030  # the order in which a pass over a stream reads its shards
 STEPS = 4_000  # augmentation steps of plug-ins; one stream per view: STEPS + view
 CHANNELS = 4_500  # numbers for each channel of a view; one stream per view: CHANNELS + view
 MIXING = 5_000  # the shuffling of a streamed data set in a worker's buffer; one stream per worker: MIXING + worker
-PARTS = 6_000  # the images that an epoch draws of a part of the data set; one stream per part: PARTS + part
+PARTS = 6_000  # the images that an epoch draws from a part of the data set; one stream per part: PARTS + part
 EPISODES = 7_000  # the classes of a few-shot episode; the images of its n-th class: EPISODES + 1 + n
 BOX_SAMPLES = 8_000  # the boxes of an image that a detector samples for its loss
 DRAW_LABELS = 10_000  # the labeled images drawn for kNN, or to split a data set; one stream per draw
 
+# The constants of Philox-4x32: multipliers, and the numbers that are added to the key after each round.
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _LOW = np.uint64(0xFFFFFFFF)

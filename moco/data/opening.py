@@ -21,6 +21,7 @@ from moco.runtime.console import log, progress_bar
 from moco.runtime.next_command import stats_command
 
 MAX_CLASSES = 10  # how many classes a line lists with their counts
+# Names of classes that are probably names of splits.
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "eval", "dev"}
 
 
@@ -134,7 +135,7 @@ def without_unreadable_evaluation_images(
     """Exclude unreadable images from the bank and the held-out split, and return one message per split about them.
 
     Substitutes would falsify the accuracy. Every image of both splits is decoded once, which takes about as long as
-    the first evaluation; each rank does a part. `heartbeat` is called regularly.
+    the first evaluation; each rank decodes a part of them. `heartbeat` is called regularly.
 
     Raises:
         ImageError: if more than `data.max_bad` of a split is unreadable.
@@ -176,7 +177,7 @@ def build_views(config: AugmentConfig, data: DataConfig | None = None) -> list[V
         try:
             check_normalization("augment", values["mean"], values["std"], *of_data)
             recipes.append(View(**with_tuples(values)))
-        except ConfigError:  # about the normalization, or the steps of plug-ins; it names the field
+        except ConfigError:  # about the normalization or the steps of plug-ins; its message names the field
             raise
         except (ValueError, TypeError) as error:
             named = str(error).replace("crop_scale", "small_scale") if len(recipes) > 1 else error

@@ -61,7 +61,7 @@ def pack(config: PackConfig) -> None:
 
 def _pack(config: PackConfig, output: Path) -> None:
     started = time.monotonic()
-    data = replace(config.data, resident=False)  # a few images at a time are enough
+    data = replace(config.data, resident=False)  # packing needs only a few images in memory at a time
     refuse_output_inside(data, "output", output)
     sources = open_sources(data, bank_size=0, keep_unreadable=True)
     require(
@@ -257,7 +257,7 @@ def growth_note(config: PackConfig, before: int, after: int, images: int) -> str
 
 
 def _next(data: DataConfig, output: Path, count: int) -> str:
-    """Return the command that trains on the shards, with a recipe for images of this kind and number; or a note."""
+    """Return the command that trains on the shards; if no recipe suits the images, return a note instead."""
     recipe = _RECIPES.get(data.name) or recipe_for(count)
     shards = {"data": "shards", "data.root": str(output)}
     shards |= {name: value for name, value in given_fields(data).items() if name in _IMAGE_FIELDS}

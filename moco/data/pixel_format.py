@@ -1,7 +1,7 @@
 """The number of channels and the number type of the images of a data set, from their files to the device.
 
 A source has one `PixelFormat`. All later steps keep the type of the tensors: a crop of a uint16 image is uint16,
-and only the device converts it to float32. The default is the usual one: red, green and blue in 8 bits.
+and only the device converts it to float32. The default format is red, green and blue in 8 bits.
 
 Legend: N images, C channels, H x W pixels.
 """
@@ -35,7 +35,7 @@ class PixelFormat(NamedTuple):
 
     @property
     def endings(self) -> tuple[str, ...]:
-        """The endings of the files that count as images. Those of arrays are included, except for RGB in 8 bits."""
+        """The endings of image files. The endings of array files are included, except for RGB in 8 bits."""
         return IMAGE_ENDINGS + ARRAY_ENDINGS * ((self.channels, self.dtype) != (RGB.channels, RGB.dtype))
 
     def __str__(self) -> str:
@@ -60,13 +60,13 @@ def per_channel(values: object, device: torch.device) -> Tensor:
 def preview(image: Tensor, channels: tuple[int, ...] = ()) -> Tensor:
     """Return a viewable image, uint8 (3, H, W), of an image (C, H, W) of any format.
 
-    8-bit values are shown as they are. The others are stretched, each channel of each image to its own range, because
-    the values of a scene often fill a small part of the range of their type.
+    8-bit values are shown as they are. Values of other types are stretched: the range of each channel of an image is
+    mapped to black ... white, because the values of a scene often fill a small part of the range of their type.
 
     Args:
         image: uint8, uint16 or float32.
-        channels: those to show as red, green and blue, or one to show in gray. Empty: the first three, or the first one
-            if the image has fewer than three.
+        channels: the numbers of three channels to show as red, green and blue, or of one channel to show in gray.
+            Empty: the first three channels, or the first one if the image has fewer than three.
     """
     count = len(image)
     chosen = list(channels) or ([0, 1, 2] if count >= 3 else [0])

@@ -29,8 +29,8 @@ def places_of(view: View, uniforms: NDArray[np.float32], params: Params, sizes: 
 
     Args:
         view: the recipe.
-        uniforms: of the crops, (N, CROP_DRAWS), from `draw_crop`.
-        params: of the same samples, from `draw`.
+        uniforms: the random numbers of the crops, (N, CROP_DRAWS), from `draw_crop`.
+        params: the parameters of the same samples, from `draw`.
         sizes: heights and widths of the images in pixels, (N, 2).
     """
     height, width = sizes.T
@@ -61,9 +61,10 @@ def _affine(params: Params, size: int) -> Maps:
 
 
 def matching_cells(query: Tensor, key: Tensor, side: int) -> Tensor:
-    """Return, for each cell of the query's view, the cell of the key's view that shows its center, int64 (N, P).
+    """Return, for each cell of the query's view, the cell of the key's view that shows the same place, int64 (N, P).
 
-    -1 if no cell does: the center lies outside of the key's view. Cells are counted row by row.
+    The place is the point of the image at the center of the query's cell. The result is -1 if that point lies outside
+    of the key's view. Cells are counted row by row.
 
     Args:
         query, key: the places of two views of the same images, float64 (N, 3, 3).
@@ -79,7 +80,10 @@ def matching_cells(query: Tensor, key: Tensor, side: int) -> Tensor:
 
 
 def _mapped(maps: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Apply maps (N, 3, 3) to x and y, (P,) or (N, P). Not by a matrix product, whose sums depend on the batch."""
+    """Apply maps (N, 3, 3) to x and y, (P,) or (N, P).
+
+    This uses no matrix product, because the rounding of its sums would depend on the size of the batch.
+    """
     a, b, c, d, e, f = maps[:, :2].flatten(1)[:, :, None].unbind(1)  # (N, 1) each
     return a * x + b * y + c, d * x + e * y + f
 

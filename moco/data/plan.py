@@ -2,7 +2,7 @@
 
 The order is a function of (seed, epoch) and does not depend on the number of processes (laws 2 and 3 of
 CONTRIBUTING.md): step s of an epoch uses the samples s * B ... (s + 1) * B - 1 of that epoch's permutation, and rank r
-the r-th part of them. So a run can resume at any step, on any number of processes.
+uses the r-th part of these B samples. So a run can resume at any step, on any number of processes.
 
 An epoch can draw an image several times. Each repetition is a sample of its own, with its own random numbers and so
 with other views: sample s is image s % N, repetition s // N, of a data set with N images.

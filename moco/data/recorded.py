@@ -11,7 +11,7 @@ from moco.config.data import is_remote
 from moco.config.quoting import override
 from moco.data.sources import SOURCES
 
-# Fields that name further files of this machine, and fields that have no meaning without those.
+# Fields that name further files of this machine, and fields that have no meaning without such files.
 _LOCAL_PATHS = {"eval_root", "more_roots", "label_file", "label_separator"}
 # Not taken from a file: `download` and `allow_pipe`, which only the user may set, and `weights`, which only pretraining
 # uses.
@@ -39,11 +39,11 @@ def recorded_data(
         given: the fields that the user has set.
         source: the file or directory, for the error.
         trusted: whether to read a local folder that only the file names, as for a file in a run directory.
-        fix: what to do instead, for the error; empty: to give data.root.
+        fix: what to do instead, for the error; empty: the error proposes to repeat the fields or to set data.root.
 
     Raises:
-        ConfigError: if the images would have to be fetched, or lie in a folder that only an untrusted file names; for a
-            stream, because all callers read images one by one.
+        ConfigError: if the images would have to be fetched, or lie in a folder that only an untrusted file names. Also
+            if the data set is a stream, because all callers read images one by one.
     """
     other = "set data.name=folder data.root=IMAGES, or another data set whose images can be read one by one"
     stream = given.get("name", recorded.get("name")) == "webdataset"

@@ -22,6 +22,7 @@ from moco.config.types import type_error
 from moco.data.base import Progress
 from moco.untrusted import read_json
 
+# PARTS: the folder of finished parts, which exists until the output is complete.
 INDEX, PARTS, SKIPPED, VERSION = "index.json", "parts", "skipped.csv", 2
 SPLITS = ("train", "bank", "held_out")
 
@@ -29,8 +30,9 @@ SPLITS = ("train", "bank", "held_out")
 def row_type(name_bytes: int) -> np.dtype[np.void]:
     """Return the type of one image's row: 28 bytes of numbers, and `name_bytes` for the name.
 
-    `offset` and `size` locate the image's file inside the shard; `crc` is its CRC-32; `label` is -1 without a label;
-    `name` is the image's name in its source, in the file system's encoding.
+    `shard` is the number of the shard; `offset` and `size` locate the image's file inside the shard; `crc` is the
+    CRC-32 of that file; `label` is -1 without a label; `name` is the image's name in its source, in the file system's
+    encoding.
     """
     fields: list[tuple[str, str]] = [("shard", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("crc", "<u4")]
     return np.dtype([*fields, ("label", "<i4"), ("name", f"S{max(1, name_bytes)}")])
@@ -40,8 +42,8 @@ def read_index(folder: Path, where: str) -> dict[str, Any]:
     """Read the index of a packed folder; the error about a missing index begins with `where`.
 
     Raises:
-        FileNotFoundError: if it is not there.
-        ValueError: if it is damaged, or has another version.
+        FileNotFoundError: if there is no index.
+        ValueError: if the index is damaged, or has another version.
     """
     file = folder / INDEX
     if not file.is_file():
@@ -53,6 +55,7 @@ def read_index(folder: Path, where: str) -> dict[str, Any]:
     return index
 
 
+# The types of the values in index.json, in each of its splits, and in each shard of a split.
 _INDEX: dict[str, Any] = {"classes": list[str], "splits": Mapping, "settings": Mapping, "skipped": str}
 _SPLIT: dict[str, Any] = {"rows": str, "sha256": str, "pictures": int, "labelled": bool, "shards": list, "parts": list}
 _SHARD: dict[str, Any] = {"file": str, "bytes": int, "sha256": str}
@@ -61,7 +64,7 @@ _PART: dict[str, Any] = {"rows": int, "end": int, "before": int, "skipped": list
 
 
 def _flaws(index: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what `moco.pack` would write differently. Use only the first: each check relies on those before it."""
+    """Yield what `moco.pack` would write differently. Use only the first result: later checks rely on earlier ones."""
     yield from _differences(index, _INDEX, "the index")
     if not {"train"} <= set(index["splits"]) <= set(SPLITS):
         yield f"splits has the names {', '.join(index['splits'])}"
@@ -92,7 +95,7 @@ def read_sealed(file: Path, fix: str) -> dict[str, Any]:
     """Read a JSON file of `sealed` values; return them without the SHA-256.
 
     Raises:
-        ValueError: with `fix` if it is damaged; or if it has another version.
+        ValueError: if the file has another version, or is damaged; the message about damage ends with `fix`.
     """
     try:
         value = read_json(file)

@@ -1,4 +1,4 @@
-"""Tar shards on local disk as a data set, read at random through their index (`moco.data.shard_index`).
+"""Tar shards on local disk as a data set, read in any order through their index (`moco.data.shard_index`).
 
 Memory: the rows of the index are mapped from their file; a process holds 8 bytes per image, for its label.
 
@@ -85,7 +85,7 @@ class ShardSource(Source):
 
 
 class _File:
-    """A file that is open while something refers to it, so a thread can read it after the cache drops it."""
+    """A file that is closed with the last reference to it, so a thread can still read it after the cache drops it."""
 
     descriptor = -1
 
@@ -104,9 +104,10 @@ def _open(path: str, digest: str) -> _File:
 
 
 def open_shards(config: DataConfig) -> Sources:
-    """Open a packed folder. If no bank was packed, labeled training images are the bank.
+    """Open a packed folder. If no bank of reference images was packed, labeled training images are the bank.
 
-    The sizes of all shards and the SHA-256 of the index are checked now, an image's checksum when it is read.
+    The sizes of all shards and the SHA-256 of the index are checked here. The checksum of an image is checked whenever
+    the image is read.
 
     Raises:
         FileNotFoundError: if the folder, its index or a shard does not exist.
@@ -140,16 +141,17 @@ def _open_split(folder: Path, split: dict[str, Any], classes: list[str]) -> Shar
     return ShardSource(str(folder), shards, rows, labels, tuple(classes) if labels is not None else ())
 
 
+# The columns whose values `_are_valid` checks, and how many rows it loads at once.
 _RANGES, _ROWS_AT_ONCE = ("shard", "offset", "size", "label"), 65_536
 
 
 def _are_valid(rows: NDArray[Any], split: dict[str, Any], classes: int) -> bool:
-    """Return whether the rows are of `row_type`, as many as the index says, and lie within their shards."""
+    """Return whether the rows are of `row_type`, are as many as the index states, and lie within their shards."""
     width = rows.dtype["name"].itemsize if rows.dtype.names and "name" in rows.dtype.names else 0
     if rows.ndim != 1 or len(rows) != split["pictures"] or rows.dtype != row_type(width):
         return False
     ends = np.array([each["bytes"] for each in split["shards"]], np.int64)
-    for start in range(0, len(rows), _ROWS_AT_ONCE):  # they may be many
+    for start in range(0, len(rows), _ROWS_AT_ONCE):  # in parts: there may be millions of rows
         shard, offset, size, label = (rows[start : start + _ROWS_AT_ONCE][name] for name in _RANGES)
         known = (shard >= 0) & (shard < len(ends)) & (label >= -1) & (label < max(classes, 1))
         if not known.all() or not ((offset >= 0) & (size >= 0) & (offset <= ends[shard] - size)).all():

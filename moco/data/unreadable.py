@@ -1,4 +1,4 @@
-"""Unreadable images: their substitutes in training, and a run's list of them.
+"""Unreadable images: their substitutes in training, and the list of the unreadable images of a run.
 
 Legend: N images.
 """
@@ -27,8 +27,8 @@ OnUnreadable = Callable[[Mapping[int, str]], None]  # gets the indices of unread
 def substitutes(i: int, length: int) -> list[int]:
     """Return the substitutes of image i in the order to try them: a function of i and N only.
 
-    They are drawn from the complete data set instead of the next images, because damaged files often come in a row (an
-    interrupted copy), and the image after the row would replace all of them.
+    Substitutes are drawn from the complete data set. The next images are not used instead, because damaged files often
+    come in a row (an interrupted copy): the image after the row would replace all of them.
     """
     words = philox((0, 0), (np.arange(TRIES), SUBSTITUTE, i, 0))  # (TRIES, 4)
     return [int(each) for each in (words[:, 0] << np.uint64(32) | words[:, 1]) % np.uint64(length)]
@@ -56,7 +56,10 @@ def image_or_substitute(source: Source, i: int, unreadable: dict[int, str]) -> t
 
 
 def find_unreadable(source: Source, rows: Sequence[int], progress: Progress | None = None) -> dict[int, ImageError]:
-    """Decode the given images and return the errors by image index; `progress` is called with (done, total)."""
+    """Decode the images `rows` and return the errors of the unreadable ones by image index.
+
+    `progress` is called with (images done, images in `rows`).
+    """
 
     def error_of(i: int) -> ImageError | None:
         try:
@@ -89,9 +92,9 @@ def without_unreadable(
 class UnreadableImages:
     """The images that a run could not read: one list for all ranks, which rank 0 writes to a file.
 
-    Each rank notes what it finds; `synchronize` merges the notes. Call it before a checkpoint is written: a run that is
-    killed later resumes from the checkpoint and finds the same images again. A resumed run checks the images of the
-    existing file and removes those that are readable now.
+    Each rank notes the unreadable images that it finds; `synchronize` merges the notes. Call `synchronize` before a
+    checkpoint is written: a run that is killed later resumes from the checkpoint and finds the same images again. A
+    resumed run checks the images of the existing file and removes the readable ones from the list.
 
     Args:
         source: the images.
@@ -106,11 +109,11 @@ class UnreadableImages:
         self.found = on_rank_zero(self._still_unreadable)  # the same on every rank
 
     def note(self, unreadable: Mapping[int, str]) -> None:
-        """Remember what this rank found: indices and reasons."""
+        """Remember the unreadable images that this rank found: indices and reasons."""
         self._noted |= {i: reason for i, reason in unreadable.items() if i not in self.found}
 
     def synchronize(self) -> int:
-        """Merge all ranks' notes and write the file; every rank calls it. Return the number of new images.
+        """Merge all ranks' notes, write the file and return the number of new unreadable images. Collective.
 
         Raises:
             ImageError: on every rank, if more than `max_fraction` of the images are unreadable.
@@ -164,7 +167,7 @@ def _of_all_ranks(find: Callable[[], dict[int, str]]) -> dict[int, str]:
 def refuse_many(count: int, length: int, what: str, max_fraction: float, example: str) -> None:
     """Raise ImageError if more than `max_fraction` of a source's images are unreadable."""
     if count > max_fraction * length:
-        alternative = ", or raise data.max_bad" if count < length else ""  # it must stay below 1
+        alternative = ", or raise data.max_bad" if count < length else ""  # data.max_bad must be below 1
         raise ImageError(
             f"{count} of the {length:,} {what} cannot be read, more than data.max_bad={max_fraction:g} allows, "
             f"{example}; python -m moco.check_data finds all: repair or remove them{alternative}"

@@ -25,7 +25,7 @@ _GRAY, _BLUR, _SIGMA, _SOLARIZE, _FLIP = 33, 34, 35, 36, 37
 _AFFINE, _ANGLE, _SHIFT, _ZOOM, _SHEAR, _NOISE = 38, 39, slice(40, 42), 42, 43, 44
 _VERTICAL_FLIP, _QUARTER_TURN, _TURNS = 45, 46, 47
 _DRAWS = 48
-_PIXELS = 64  # from here on, the pixel noise
+_PIXELS = 64  # the first draw number of the pixel noise; no other operation has higher numbers
 # In the stream CHANNELS, the draws of channel c start at _PER_CHANNEL * c: one for the dropout of the channel, then the
 # factors of brightness and contrast.
 _PER_CHANNEL = 4

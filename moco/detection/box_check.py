@@ -1,4 +1,4 @@
-"""Boxes clipped to their images; those that cannot be used are counted, then refused or left out."""
+"""Clip boxes to their images; count the boxes that cannot be used, and refuse them or leave them out."""
 
 import warnings
 
@@ -6,14 +6,15 @@ import numpy as np
 
 from moco.config import ConfigError, RunWarning
 
-TOLERANCE = 1.0  # a box may reach this many pixels outside its image, because coordinates are rounded; it is clipped
+# A box that reaches at most this many pixels outside its image is clipped, because coordinates are rounded.
+TOLERANCE = 1.0
 
 
 class BoxCheck:
     """Clips the boxes of a data set to their images, and counts those without an area or outside of their image."""
 
     def __init__(self) -> None:
-        self.total = self.empty = self.outside = 0
+        self.total = self.empty = self.outside = 0  # boxes: all, without an area, outside of their image
         self.first = ""  # description of the first box that cannot be used
 
     def clipped(
@@ -21,7 +22,7 @@ class BoxCheck:
     ) -> tuple[float, ...] | None:
         """Return a box (left, top, right, bottom), clipped to its image (W, H); None if it cannot be used.
 
-        It cannot be used if it has no area, or reaches more than `TOLERANCE` outside its image. `where` names the box.
+        A box cannot be used if it has no area, or reaches more than `TOLERANCE` outside its image. `where` names it.
         """
         self.total += 1
         left, top, right, bottom = box
@@ -42,12 +43,12 @@ class BoxCheck:
         """Refuse the boxes that cannot be used, or with `drop` warn that they are left out.
 
         Args:
-            where: begins the sentence.
-            drop: the caller leaves them out.
-            hint: ends the warning.
+            where: the beginning of the message: where the boxes come from.
+            drop: the caller leaves out the boxes that cannot be used.
+            hint: the end of the warning.
 
         Raises:
-            ConfigError: if there are any, unless `drop`.
+            ConfigError: if a box cannot be used, unless `drop`.
         """
         kinds = {"without an area": self.empty, "reaching outside their image": self.outside}
         listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)

@@ -1,6 +1,7 @@
 """Detectors of torchvision on a pretrained backbone.
 
-Legend: N images, H x W their size with padding, C channels of a feature map, P channels of the pyramid, L classes.
+Legend: N images, H x W their size with padding, C channels and h x w size of a feature map, P channels of the pyramid,
+L classes.
 """
 
 import math
@@ -36,7 +37,7 @@ from moco.models.norm import GroupedBatchNorm, convert_batch_norm
 RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
 DIVISOR = 32  # the padded height and width are multiples of it
 SCORE = 0.05  # detections with a lower score are left out
-C4_SIZES = (32.0, 64.0, 128.0, 256.0, 512.0)
+C4_SIZES = (32.0, 64.0, 128.0, 256.0, 512.0)  # sides of the anchors of C4 detectors in pixels
 C4_POOL = 14  # side to which a box on the map of the third stage is pooled
 
 
@@ -149,17 +150,20 @@ def shapes(body: Stages) -> tuple[list[int], list[int]]:
 def build_detector(
     file: EncoderFile, settings: DetectorSettings, classes: int, *, seed: int, untrained: bool
 ) -> nn.Module:
-    """Build a detector of torchvision in training mode; it takes prepared images and finds boxes in their pixels.
+    """Build a detector of torchvision in training mode.
+
+    The detector takes prepared images, and its boxes are in pixels of these images.
 
     Args:
-        file: of the encoder.
+        file: the file of the encoder.
         settings: the architecture of the detector.
         classes: L, without the background.
-        seed: of the new weights and, if `untrained`, of the encoder's.
+        seed: the seed of the new weights and, if `untrained`, of the encoder's weights.
         untrained: give the encoder random weights instead of the file's.
 
     Raises:
-        ConfigError: for a network without stages of feature maps, or anchor sizes that do not fit its levels.
+        ConfigError: for a network without stages of feature maps, or anchor sizes that do not fit the levels of the
+            pyramid.
     """
     backbone = build(file, seed if untrained else None).get_submodule("backbone").requires_grad_(True)
     if settings.bn == "sync":
@@ -198,7 +202,10 @@ def _pool(strides: Sequence[int], side: int, sampling: int) -> MultiScaleRoIAlig
 
 
 def _anchors(sizes: Sequence[float], given: Sequence[float], scales: Sequence[float] = (1.0,)) -> AnchorGenerator:
-    """Return anchors: each level's size, times each of `scales`. The sizes are those `given`, or else `sizes`."""
+    """Return the anchors of a pyramid: each level has anchors of its own size times each of `scales`.
+
+    The sizes of the levels are `given` or, if that is empty, `sizes`.
+    """
     levels = tuple(given) or tuple(sizes)
     error = f"anchor_sizes={list(given)} must hold a size for each of the {len(sizes)} levels of the pyramid"
     require(len(levels) == len(sizes), f"{error}, or be null")
@@ -274,7 +281,10 @@ def _c4(body: Stages, settings: DetectorSettings, classes: int, source: str) -> 
 
 
 def _retinanet(body: Stages, settings: DetectorSettings, classes: int) -> nn.Module:
-    """Build RetinaNet with two coarser levels, as torchvision does; of three or more stages, the finest is unused."""
+    """Build RetinaNet with two levels that are coarser than the last stage, as torchvision does.
+
+    If the backbone has three or more stages, the finest one is not used.
+    """
     channels, strides = shapes(body)
     first = 1 if len(strides) > 2 else 0
     channels, strides, width = channels[first:], strides[first:], settings.width

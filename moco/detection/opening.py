@@ -12,7 +12,7 @@ from moco.evaluation.subsets import split_copies
 
 
 def open_boxed(config: BoxesConfig, masks: bool) -> tuple[BoxedImages, BoxedImages]:
-    """Return the images to train on, each with a box, and the held-out images. No image is read.
+    """Return the images to train on, each with at least one box, and the held-out images. No image is read.
 
     Raises:
         ConfigError: if files are missing or invalid, see `read_coco` and `read_voc`, or a split has no boxes.

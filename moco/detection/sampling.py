@@ -21,23 +21,24 @@ class KeyedSampler:
     """Takes the place of torchvision's BalancedPositiveNegativeSampler.
 
     Args:
-        number: candidates per image, or all if there are fewer.
-        positive: the largest fraction of them that may be positive.
+        number: how many anchors or proposals to draw per image; if an image has fewer, all of them are drawn.
+        positive: the largest fraction of `number` that may be positive.
     """
 
     def __init__(self, number: int, positive: float) -> None:
         self.number, self.positive = number, positive
-        self.keys: Sequence[int] = ()  # of the images of the next call
-        self.drawn, self.drawn_positive = 0, 0  # in the last call
+        self.keys: Sequence[int] = ()  # the keys of the images of the next call
+        self.drawn, self.drawn_positive = 0, 0  # how many were drawn in the last call: in total, and positives
 
     def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Draw candidates of each image.
+        """Draw anchors or proposals of each image.
 
         Args:
             labels: for each image, (a,): above 0 positive, 0 negative, below 0 not to be drawn.
 
         Returns:
-            Two lists of masks, one (a,) per image: 1 for the positives that were drawn, and 1 for the negatives.
+            Two lists with one mask (a,) per image. 1 marks the drawn positives in the first list, and the drawn
+            negatives in the second.
         """
         found: tuple[list[Tensor], list[Tensor]] = [], []
         self.drawn = self.drawn_positive = 0
@@ -59,7 +60,8 @@ class KeyedSampler:
 class SharedStage(nn.Module):
     """The mask branch of a C4 detector: the stage of the box branch, with the same weights, without pooling.
 
-    It runs again on the positives. Only the box branch updates the running statistics of BN.
+    In training, the stage runs a second time, on the positive proposals. Only the box branch updates the running
+    statistics of BN.
     """
 
     def __init__(self, stage: nn.Module) -> None:
@@ -72,7 +74,12 @@ class SharedStage(nn.Module):
 
 
 class DetectorLoss(nn.Module):
-    """The sum of a detector's losses, whose mean over ranks is the loss of the global batch."""
+    """The sum of a detector's losses; its mean over ranks is the loss of the global batch.
+
+    Args:
+        network: the detector.
+        anchor_samples, box_samples: how many anchors and proposals an R-CNN draws per image.
+    """
 
     def __init__(self, network: nn.Module, anchor_samples: int, box_samples: int) -> None:
         super().__init__()
@@ -87,8 +94,8 @@ class DetectorLoss(nn.Module):
 
         Args:
             images: normalized (3, H, W), of any sizes.
-            targets: of each image, as torchvision takes them.
-            keys: of each image, a number for each sampler.
+            targets: boxes, labels and masks of each image, as torchvision takes them.
+            keys: for each image, one number per sampler.
         """
         for number, sampler in enumerate(self._samplers):
             sampler.keys = [each[number] for each in keys]

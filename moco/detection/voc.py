@@ -22,15 +22,15 @@ _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
 def read_voc(root: Path, splits: Sequence[str], classes: Sequence[str], drop: bool, training: bool) -> BoxedImages:
-    """Read one or several splits.
+    """Read the images and boxes of one or several splits, and return them as one split.
 
     Args:
-        root: VOCdevkit, the folder above it, or one with JPEGImages.
-        splits: YEAR/NAME, or NAME for a root with JPEGImages.
-        classes: their names, in the order of their numbers.
+        root: VOCdevkit, the folder above VOCdevkit, or a folder that contains JPEGImages.
+        splits: names of splits: YEAR/NAME, or NAME if `root` contains JPEGImages.
+        classes: names of the classes, in the order of the class numbers.
         drop: leave out boxes that cannot be used (see `BoxCheck.clipped`), instead of refusing them.
-        training: whether the splits are for training. Then difficult objects are used, as in Detectron2; else they are
-            marked as ignored.
+        training: whether the splits are for training. In training, difficult objects are used, as in Detectron2; in
+            evaluation, difficult objects are marked as ignored.
 
     Raises:
         ConfigError: for missing or damaged files, an unknown class, or, without `drop`, a box that cannot be used.
@@ -71,7 +71,7 @@ def _image(base: Path, name: str, classes: Sequence[str], check: BoxCheck, train
     for kind, (left, top, right, bottom), entry in objects:
         known = f"and the classes are {first_names(classes)}"
         require(kind in classes, f"{path}: an object has the class {kind!r}, {known}: correct it, or set boxes.classes")
-        # Pixels are counted from 1, and the last one belongs to the box.
+        # VOC counts pixels from 1, and the pixels at xmax and ymax belong to the box.
         box = check.clipped(f"{path}: the box of a {kind}", (left - 1, top - 1, right, bottom), (width, height))
         if box is not None:
             boxes.append(box)
@@ -89,7 +89,7 @@ def _image(base: Path, name: str, classes: Sequence[str], check: BoxCheck, train
 
 
 def _number(entry: ElementTree.Element, name: str, least: float = -math.inf) -> float:
-    """Return the number that an element states; raise ValueError for another text, or one below `least`."""
+    """Return the number that an element states; raise ValueError if it is no number, or a number below `least`."""
     text = entry.findtext(name, "")
     try:
         value = float(text)

@@ -40,10 +40,10 @@ class TrainSettings:
     """The loss and the learning rate of each step."""
 
     lr: float  # the peak, to be multiplied by each group's "lr_scale"; a cosine lowers it to 0
-    warmup: float = 0.0  # fraction of the steps in which it rises
-    mix: Mix | None = None  # from `mixing`
+    warmup: float = 0.0  # fraction of the steps in which the learning rate rises to its peak
+    mix: Mix | None = None  # see `mixing`
     label_smoothing: float = 0.0  # part of a target that is spread over all classes
-    precision: torch.dtype = torch.float32  # of autocast; float32 is no autocast
+    precision: torch.dtype = torch.float32  # data type of autocast; float32: no autocast
 
 
 def classifier(backbone: nn.Module, classes: int, bn: str, seed: int) -> nn.Sequential:
@@ -81,9 +81,10 @@ def build_finetune_optimizer(
         network: has the submodules `backbone` and `head`; their trainable parameters are optimized.
         optim: sgd (with `nesterov`) or adamw.
         head_lr_factor: "lr_scale" of the head.
-        layer_decay: "lr_scale" of the backbone's last layer, and ratio of each earlier layer's to that of the next one
-            (BEiT, Bao et al., 2022); for timm networks. Weight decay then excludes the backbone's one-dimensional
-            parameters, and those that its `no_weight_decay` lists. None: "lr_scale" is 1 in the whole backbone.
+        layer_decay: "lr_scale" of the backbone's last layer, and the ratio of the "lr_scale" of each earlier layer to
+            that of the next layer (BEiT, Bao et al., 2022); for timm networks. Weight decay then excludes the
+            backbone's one-dimensional parameters, and the parameters that its `no_weight_decay` lists. None:
+            "lr_scale" is 1 in the whole backbone.
     """
     backbone: Any = network.get_submodule("backbone")
     optimizer = build_optimizer(network.get_submodule("head"), optim)
@@ -109,7 +110,7 @@ def build_finetune_optimizer(
 def plan_of(images: int, batch_size: int, epochs: int, min_steps: int, seed: int) -> Plan:
     """Plan the images of each step.
 
-    The batch is lowered to the number of images if it exceeds that, and `epochs` is raised to reach `min_steps` steps.
+    A batch has at most as many images as there are in total, and `epochs` is raised to reach `min_steps` steps.
 
     Raises:
         ValueError: if the processes cannot share the batch evenly; a smaller batch would change the results.
@@ -124,9 +125,10 @@ def plan_of(images: int, batch_size: int, epochs: int, min_steps: int, seed: int
 
 
 def mixing(mixup: float, cutmix: float, classes: int) -> Mix | None:
-    """Build MixUp (Zhang et al., 2018) and CutMix (Yun et al., 2019) with these alphas; each step draws one of them.
+    """Return a transform that applies MixUp (Zhang et al., 2018) or CutMix (Yun et al., 2019), with these alphas.
 
-    An alpha of 0 turns one off. None if both are off.
+    If both alphas are above 0, each step draws one of the two at random. An alpha of 0 turns MixUp or CutMix off. If
+    both alphas are 0, return None.
     """
     chosen = [(v2.MixUp, mixup), (v2.CutMix, cutmix)]
     transforms = [kind(alpha=alpha, num_classes=classes) for kind, alpha in chosen if alpha > 0]
@@ -138,8 +140,8 @@ def mixing(mixup: float, cutmix: float, classes: int) -> Mix | None:
 def mixed(mix: Mix, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return this rank's share of the mixed global batch: (n, C, S, S), and the class proportions (n, L).
 
-    Both transforms mix each image with the previous one of the batch. For a rank's first image, that one is on the
-    previous rank.
+    MixUp and CutMix mix each image with the previous image of the batch. For the first image of a rank, the previous
+    image is on the previous rank.
     """
     previous = (rank() - 1) % world_size()
     # (1 + n, ...)
@@ -163,7 +165,7 @@ def train_step(
         images: this rank's share, (n, C, S, S).
         loss_of: computes this rank's loss from the float32 outputs; the mean over ranks is the loss of the batch.
         lr: of this step; multiplied by each group's "lr_scale".
-        precision: of autocast; float32 is no autocast.
+        precision: data type of autocast; float32: no autocast.
 
     Raises:
         NonFiniteLoss: on every rank, before any weight has changed.
@@ -198,7 +200,7 @@ def train(
 
     Args:
         forward, optimizer: see `train_step`; the network is in training mode.
-        batches: the plan's batches from that step on, one view each.
+        batches: the plan's batches from step `start` on, with one view of each image.
         labels: of all images of the plan, (N,), on the device.
         on_step: receives each finished step.
 

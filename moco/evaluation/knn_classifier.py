@@ -34,7 +34,7 @@ class KnnSettings:
 
     k: int = 200  # neighbors; more than M means all M
     temperature: float = 0.1  # above 0; a vote weighs exp(similarity / temperature)
-    labels_per_class: int = 0  # labeled references per class; 0: all references, once
+    labels_per_class: int = 0  # labeled references per class; 0: all references, without repetitions
     draws: int = 100  # repetitions, each with other labeled references
     seed: int = 0  # of the draws
     query_chunk: int = 1024  # queries at once; both chunk sizes bound the memory, and do not change results
@@ -62,13 +62,13 @@ def nearest(
     """Find each query's k nearest references by cosine, nearest first; of equally near ones, the lower row first.
 
     `moco.evaluation.neighbors.nearest` searches in double precision and rounds, so its results do not depend on the
-    device, at several times the cost. This one stays in float32, so that accuracies equal those of earlier runs.
+    device, at several times the cost. This function stays in float32, so that accuracies equal those of earlier runs.
 
     Args:
         bank, queries: features (M, D) and (Q, D), of any norm and precision; they are normalized here.
         k: neighbors; more than M means all.
         groups: groups of the references (M,) and of the queries (Q,), as numbers, for queries that are references
-            themselves: a reference in the group of a query is not its neighbor.
+            themselves: only references of other groups are neighbors of a query.
         bank_chunk: references at once; memory is Q x (k + bank_chunk).
 
     Returns:
@@ -84,7 +84,7 @@ def nearest(
         if groups is not None:
             similarity.masked_fill_(groups[1][:, None] == groups[0][part], -torch.inf)
         values, found = largest(similarity, k)
-        # Earlier chunks come first in the concatenation, so the lower row of equal ones stays first.
+        # Earlier chunks come first in the concatenation, so of equal similarities the one with the lower row is first.
         best, at = largest(torch.cat([best, values], dim=1), k)
         rows = torch.cat([rows, found + part.start], dim=1).gather(1, at)
     return best, rows
@@ -105,8 +105,8 @@ def _shares(similarity: Tensor, labels: Tensor, temperature: float) -> Tensor:
 
 def _weights(similarity: Tensor, temperature: float) -> Tensor:
     """Return the weights (Q, k) of the votes, relative to that of the nearest neighbor."""
-    # Subtracting the largest changes no ranking and avoids overflow: exp(1 / 0.01) exceeds float32. If a query has no
-    # neighbor, the largest is -inf and all votes are 0.
+    # Subtracting the largest similarity changes no ranking and avoids overflow: exp(1 / 0.01) exceeds float32. If a
+    # query has no neighbor, the largest similarity is -inf and all votes are 0.
     return ((similarity - similarity[:, :1].clamp(min=-1)) / temperature).exp()
 
 
@@ -203,12 +203,12 @@ def leave_one_out(
     ks: Sequence[int],
     temperatures: Sequence[float],
     groups: Tensor,
-    settings: KnnSettings = KnnSettings(),  # frozen
+    settings: KnnSettings = KnnSettings(),  # immutable
     progress: Progress = lambda *_: None,
 ) -> NDArray[np.float64]:
     """Compute the accuracy of each pair of k and temperature on references of the bank, to choose the best pair.
 
-    The neighbors of a query are references of other groups. They are searched once, for the largest k. If references
+    The neighbors of a query are references of other groups. The search runs once, for the largest k. If references
     can have several labels each, the mAP takes the place of the accuracy.
 
     Args:
@@ -216,7 +216,7 @@ def leave_one_out(
         bank_labels: classes (M,), or which labels each reference has, (M, L).
         rows: the references that serve as queries, (Q,).
         ks, temperatures: the grid.
-        groups: a number per reference, (M,); an image and its copies have the same one.
+        groups: the number of the group of each reference, (M,); an image and its copies are one group.
         settings: only the chunk sizes apply.
 
     Returns:
@@ -253,7 +253,7 @@ def knn_accuracy(
     bank_labels: Labels,
     queries: Tensor,
     labels: Labels,
-    settings: KnnSettings = KnnSettings(),  # frozen
+    settings: KnnSettings = KnnSettings(),  # immutable
     progress: Progress = lambda *_: None,
 ) -> Accuracy:
     """Compute the kNN accuracy with all labels, or averaged over draws of few labels per class.

@@ -24,9 +24,9 @@ class LayerFeatures(nn.Module):
 
     Args:
         backbone: put into eval mode; it keeps the hooks set here.
-        layers: `output`, or names of submodules as in `backbone.named_modules()`. If one runs several times per pass,
-            the last run counts.
-        size: S, for one blank image that determines the widths.
+        layers: `output`, or names of submodules as in `backbone.named_modules()`. If a layer runs several times in a
+            forward pass, its last output is used.
+        size: S, for one blank image that determines the widths of the features.
 
     Attributes `columns` (the columns of each layer, in the given order) and `width` (D) describe the result.
 
@@ -82,7 +82,7 @@ class LayerFeatures(nn.Module):
 
 
 def _suggestions(wrong: str, names: list[str], limit: int = 24) -> str:
-    """List the names of layers: a close one, then the upper levels."""
+    """List names of layers: a similar name, then the upper levels."""
     close = difflib.get_close_matches(wrong, names, n=1)
     upper = [name for name in names if name and name.count(".") < 2]
     shown = ", ".join([OUTPUT, *upper[:limit]]) + (", ..." if len(upper) > limit else "")

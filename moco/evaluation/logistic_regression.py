@@ -3,8 +3,9 @@
     Kornblith, Shlens & Le, "Do better ImageNet models transfer better?", CVPR 2019, appendix A.2
 
 The objective is that of scikit-learn's LogisticRegression with C = 1 / strength: the sum of the cross entropies plus
-strength / 2 times the squared weights; the bias has no penalty. It is minimized by torch's L-BFGS in float64, from the
-strongest penalty to the weakest, each from the solution of the one before. All ranks compute the same.
+strength / 2 times the squared weights; the bias has no penalty. torch's L-BFGS minimizes the objective in float64, from
+the strongest penalty to the weakest. Each fit starts from the solution of the previous fit. All ranks compute the same
+result.
 
 Legend: N training samples, M other samples, D feature dimension, L classes.
 """
@@ -117,14 +118,17 @@ def choose_and_fit(
 ) -> tuple[Classifier, Choice]:
     """Choose the strength that scores best on the validation samples, then fit all samples with it.
 
-    Among equal scores the strongest penalty wins.
+    Of several strengths with the same score, the strongest is chosen.
 
     Args:
         parts: features (N, D) and labels (N,) of the training samples, and of the validation samples.
         classes: L.
-        score: of the validation samples' class scores.
+        score: rates the class scores of the validation samples.
         strengths: from the strongest to the weakest.
-        progress: counts the strengths.
+        progress: called with (fits done, number of fits).
+
+    Returns:
+        The classifier fitted to all samples, and the choice of its strength.
     """
     (features, labels), (held, held_labels) = parts
     scores: list[float] = []

@@ -1,8 +1,9 @@
 """Search among features: nearest neighbors, groups of near-duplicates, outliers.
 
 A similarity is a cosine, computed in double precision and rounded to a multiple of 2**-23, the resolution of float32.
-So equal images tie, ties are ordered by row, and results depend neither on the block size nor on the device. (The kNN
-classifier has a faster search in float32, see `moco.evaluation.knn_classifier.nearest`.)
+So equal images have equal similarities, rows with equal similarities are in ascending order, and results depend neither
+on the block size nor on the device. (The kNN classifier has a faster search in float32, see
+`moco.evaluation.knn_classifier.nearest`.)
 
 Legend: M images, Q queries, D feature dimension, B rows per block, k neighbors.
 """
@@ -21,7 +22,7 @@ Features = NDArray[Any]  # (M, D) of any float type, in memory or a memmap: read
 Rows = NDArray[np.int64]
 
 BLOCK = 4096  # B: a product has B x B numbers, 130 MB in double precision
-_STEPS = 2**23  # in a similarity of 1
+_STEPS = 2**23  # number of rounding steps in a similarity of 1
 _ROW_BITS = 38  # a similarity in steps (25 bits with its sign) and a row share one int64
 _LAST_ROW = 2**_ROW_BITS - 1
 _NOTHING = -(2**62)  # the key of an excluded row, below the keys of all others
@@ -33,6 +34,7 @@ def _unit(rows: Features, device: torch.device | None) -> Tensor:
 
 
 def _steps(a: Tensor, b: Tensor) -> Tensor:
+    """Return the similarities of all rows of two tensors of unit vectors, in rounding steps."""
     return ((a @ b.T) * _STEPS).round().long()
 
 
@@ -49,12 +51,12 @@ def nearest(
     Args:
         features, queries: (M, D) and (Q, D).
         k: neighbors; more than M means all.
-        exclude: one row per query that it must not find, such as its own, shape (Q,); -1 for none.
+        exclude: for each query, one row that is not a neighbor of it, such as its own row, shape (Q,); -1 for none.
         block: B; changes memory, not results.
         device: for the products.
 
     Returns:
-        Similarities and rows, both (Q, k).
+        Similarities and rows, both (Q, min(k, M)), or (Q, min(k, M - 1)) if `exclude` names a row.
     """
     k = min(k, len(features) - (exclude is not None and bool((exclude >= 0).any())))
     found = []
@@ -85,7 +87,7 @@ def outlier_scores(
 ) -> NDArray[np.float64]:
     """Compute each row's mean similarity (M,) to its k nearest others; outliers have low scores.
 
-    The features are (M, D), M >= 2; for k, block and device see `nearest`. Progress counts rows.
+    The features are (M, D), M >= 2; for k, block and device see `nearest`. `progress` is called with (rows done, M).
     """
     scores = np.zeros(len(features))
     for start in range(0, len(features), block):
@@ -135,7 +137,7 @@ def duplicate_groups(
     device: torch.device | None = None,
     progress: Progress = lambda *_: None,
 ) -> list[tuple[Rows, NDArray[np.float64]]]:
-    """Form groups of a row to keep and the rows that have a similarity of at least `threshold` to it.
+    """Form groups: a group is a row to keep and the rows whose similarity to the kept row is at least `threshold`.
 
     Rows are taken in `order`. A row that is in no group yet is kept, and every later row that is similar enough to it
     and in no group yet joins its group. So every row of a group is similar to its kept row; a similarity to another row
@@ -147,14 +149,16 @@ def duplicate_groups(
         progress: called with (rows done, L).
 
     Returns:
-        Of each group of at least two rows: its rows, the kept one first and then by similarity to it, and these
-        similarities. The largest group comes first; of equally large ones, that with the lower row to keep.
+        A pair for each group of at least two rows: the rows of the group, and their similarities to the kept row. The
+        kept row comes first, then the other rows by descending similarity. The largest group comes first; of equally
+        large groups, the group with the lower kept row.
     """
     least = round(threshold * _STEPS)
-    kept_by = np.full(len(order), -1)  # position in the order of the row to keep; -1: in no group yet
-    steps = np.zeros(len(order), np.int64)  # similarity to it
+    kept_by = np.full(len(order), -1)  # position in `order` of the kept row of each row's group; -1: in no group yet
+    steps = np.zeros(len(order), np.int64)  # similarity to that kept row, in rounding steps
 
     def free(start: int) -> Rows:
+        """Return the positions in the block from `start` on whose rows are in no group yet."""
         return start + np.flatnonzero(kept_by[start : start + block] < 0)
 
     for start in range(0, len(order), block):

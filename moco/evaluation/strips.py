@@ -1,4 +1,4 @@
-"""A PNG with a row for each image. Its tiles show, for example, the ground truth and a network's prediction."""
+"""A PNG with a row for each image. The tiles of a row show, for example, ground truth and prediction for that image."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,11 +10,11 @@ from PIL import Image
 from moco.files import atomic_write
 
 HEIGHT = 160  # of a row in pixels
-_GAP = 4
+_GAP = 4  # pixels between tiles and between rows
 
 
 def voc_colors() -> NDArray[np.uint8]:
-    """Return the colors of the classes in Pascal VOC's masks, (256, 3): the bits of the number, spread over RGB."""
+    """Return the colors of the classes in Pascal VOC's masks, (256, 3): RGB shares the bits of the class number."""
     numbers = np.arange(256)
     colors = np.zeros((256, 3), dtype=np.uint8)
     for bit in range(8):

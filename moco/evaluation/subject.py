@@ -40,6 +40,7 @@ from moco.runs.directory import folder_message, in_run_directory, no_checkpoint_
 from moco.runtime.console import log, progress_bar
 from moco.runtime.next_command import stats_command
 
+# The preparation of images for an encoder whose file states none.
 IMAGENET: dict[str, Any] = {"size": 224, "resize": 256, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
@@ -48,8 +49,8 @@ class Subject:
     """The encoder under evaluation."""
 
     file: EncoderFile
-    output: Path
-    transform: EvalTransform
+    output: Path  # the directory of the results
+    transform: EvalTransform  # the preparation of its images
 
 
 def open_subject(config: SubjectConfig) -> Subject:
@@ -83,7 +84,7 @@ def open_subject(config: SubjectConfig) -> Subject:
 
 
 def _images_of(config: SubjectConfig, channels: int, dtype: str) -> DataConfig:
-    """Return the data fields that the command line sets; if it names no data, with a placeholder for the folder."""
+    """Return the data fields that the command line sets; a placeholder stands for a folder that it does not name."""
     known = {each.name for each in fields(DataConfig)}
     given = {name: value for name, value in config.data.overrides().items() if name in known}
     images = {"name": "folder", "root": "YOUR_IMAGES"} | given | {"channels": channels, "dtype": dtype}
@@ -107,7 +108,7 @@ def open_encoder(config: EncoderConfig) -> EncoderFile:
             raise ConfigError(no_checkpoint_message(run))
         try:
             return read_encoder(found[0], config.weights)
-        except ValueError as error:  # an older one is never used silently: a result must state its checkpoint
+        except ValueError as error:  # no older one is used silently: a result must state its checkpoint
             rest = f": use an older one, {override('checkpoint', found[1])}" if len(found) > 1 else ""
             raise ConfigError(f"{error}{rest}") from error
     path = local_file(config.checkpoint, "checkpoint")
@@ -132,7 +133,7 @@ def _plain(value: Any) -> str:
 def encoders(subject: Subject, compare: list[str], device: torch.device) -> Iterator[tuple[str, Encoder]]:
     """Yield the encoder ("pretrained") and, if `compare` names it, the same network "untrained", both in eval mode.
 
-    Untrained is a run's network with its first random weights, even if the run started from `init_from`.
+    The untrained network has the random initial weights of the run's seed, even if the run started from `init_from`.
     """
     yield "pretrained", build(subject.file).to(device)
     if "untrained" in compare:
@@ -282,7 +283,7 @@ def open_data(config: SubjectConfig, subject: Subject) -> Sources:
 
 
 def data_config(config: SubjectConfig, subject: Subject) -> DataConfig:
-    """Return the fields that the user has set; for the others, those of the run or file, or else the defaults.
+    """Return the data set. A field has the value that the user has set, else that of the run or file, else its default.
 
     Raises:
         ConfigError: if neither the user nor the encoder file names the data, or for data.name=webdataset, which is a
@@ -296,12 +297,12 @@ def data_config(config: SubjectConfig, subject: Subject) -> DataConfig:
     # For another data set, or another folder, only the recorded fields in `always` apply.
     same = _is_same_data(recorded | given, recorded)
     known = {each.name for each in fields(DataConfig)}
-    # Besides the name, that is the format of the images, which the encoder requires.
+    # These fields are the name of the data set and the format of the images, which the encoder requires.
     always = {"name", "channels", "dtype", "bits", "preview"}
     if given.get("dtype", RGB.dtype) != RGB.dtype:
         known -= {"bits"}
     kept = {name: value for name, value in recorded.items() if name in known and (same or name in always)}
-    if given.get("label_file"):  # it replaces the labels and the split of the run
+    if given.get("label_file"):  # the label file replaces the labels and the split of the run
         kept = {name: value for name, value in kept.items() if name not in ("labels", "eval_root")}
     elif given.get("labels", "none") != "none":
         kept = {name: value for name, value in kept.items() if name not in ("label_file", "label_separator")}
@@ -309,12 +310,12 @@ def data_config(config: SubjectConfig, subject: Subject) -> DataConfig:
 
 
 def _is_same_data(data: Mapping[str, Any], recorded: Mapping[str, Any]) -> bool:
-    """Return whether both have the same name and the same data.root."""
+    """Return whether two data sets have the same name and the same data.root."""
     return bool(data.get("name") == recorded.get("name") and _roots(data)[0] == _roots(recorded)[0])
 
 
 def _shares_images(data: Mapping[str, Any], recorded: Mapping[str, Any]) -> bool:
-    """Return whether both have the same name and a folder in common, among data.root and data.more_roots."""
+    """Return whether two data sets have the same name and a common folder, among data.root and data.more_roots."""
     return bool(data.get("name") == recorded.get("name") and set(_roots(data)) & set(_roots(recorded)))
 
 
@@ -383,7 +384,7 @@ def held_out_seen(config: SubjectConfig, subject: Subject) -> bool:
 
 
 def _check_seen_images(config: SubjectConfig, subject: Subject) -> None:
-    """Refuse a held-out part whose labels trained the encoder; warn if only its images did."""
+    """Refuse held-out images if the encoder was trained with their labels; warn if it saw them without labels."""
     if not held_out_seen(config, subject):
         return
     hold_out, file = config.data.hold_out, data_config(config, subject).label_file

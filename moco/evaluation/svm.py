@@ -2,7 +2,7 @@
 
     Goyal et al., "Scaling and benchmarking self-supervised visual representation learning", ICCV 2019
 
-Features have unit length; the cost is chosen for each class by cross-validation. All ranks compute the same.
+Features have unit length; the cost is chosen for each class by cross-validation. All ranks compute the same result.
 
 Legend: N training images, M test images, D feature dimension, L classes.
 """
@@ -25,14 +25,14 @@ COSTS = tuple(10.0**power for power in range(-4, 4))
 FOLDS = 3
 UNKNOWN = -1  # a label that is left out of training and of the average precision: a difficult object of VOC
 
-Labels = NDArray[np.int64]  # 1: has the class, 0: has not, UNKNOWN
+Labels = NDArray[np.int64]  # 1: the image has the class; 0: it does not have the class; UNKNOWN
 
 
 @dataclass(frozen=True)
 class SvmResult:
     """The average precision of each class in percent, and the chosen costs; None for a class that is not measured.
 
-    A class is measured if training images with it and without it exist, and a test image with it.
+    A class is measured if some training images have it, others do not have it, and a test image has it.
     """
 
     per_class: list[float | None]
@@ -51,13 +51,13 @@ def evaluate_svm(
     costs: Sequence[float] = COSTS,
     progress: Progress = lambda *_: None,
 ) -> SvmResult:
-    """Train an SVM per class on features (N, D) with labels (N, L), and measure it on (M, D) with (M, L).
+    """Train an SVM per class on features (N, D) with labels (N, L), and test it on features (M, D) with labels (M, L).
 
     Args:
         training, test: features and labels.
-        seed: of the folds.
-        costs: the candidates; the first one of several with the same precision is chosen.
-        progress: counts the classes.
+        seed: the seed of the random division into folds.
+        costs: the costs to choose from; of several costs with the same precision, the first is chosen.
+        progress: called with (classes done, L).
     """
     x, queries = (F.normalize(features.double(), dim=1).cpu().numpy() for features, _ in (training, test))
     labels, truth = training[1], test[1]
@@ -87,7 +87,7 @@ def _svm(cost: float) -> Any:
 def _choose_cost(x: NDArray[np.float64], positive: NDArray[np.bool_], costs: Sequence[float], seed: int) -> float:
     """Return the cost with the best mean average precision over the folds.
 
-    With fewer than two images with the class, or without it, return the first cost.
+    Return the first cost if fewer than two images have the class, or fewer than two do not have it.
     """
     if min(positive.sum(), (~positive).sum()) < 2:
         return costs[0]

@@ -65,7 +65,7 @@ class Task(Generic[Config]):
 
     @cached_property
     def groups(self) -> NDArray[np.int64]:
-        """For each training image, the index of the first one of its group, (M,); see `split_groups`. Collective."""
+        """For each training image, the index of the first image of its group, (M,); see `split_groups`. Collective."""
         return groups_of(self.train)
 
     @cached_property
@@ -76,10 +76,10 @@ class Task(Generic[Config]):
     def features(
         self, network: Network, source: Source, description: str = "", heartbeat: Callable[[], None] = lambda: None
     ) -> Tensor:
-        """Compute the features (M, D) of a source, in its order, on every rank.
+        """Compute the features (M, D) of the M images of a source, in its order, on every rank.
 
-        The network `pixels` gets images that are not normalized. With a description, shows a progress bar and refuses
-        non-finite features; see `monitored`. `heartbeat` is called before each batch.
+        The network `pixels` gets images that are not normalized. With a description, a progress bar is shown, and
+        non-finite features raise ConfigError; see `monitored`. `heartbeat` is called before each batch.
         """
         transform = self.subject.transform.unnormalized() if network is pixels else self.subject.transform
         with monitored(network, len(source), description) if description else nullcontext(network) as forward:
@@ -89,7 +89,7 @@ class Task(Generic[Config]):
 
 @contextmanager
 def open_task(config: Config) -> Iterator[Task[Config]]:
-    """Set up device, threads and process group, and open the encoder and its labeled data.
+    """Set up device, threads and process group, open the encoder and its labeled data, and yield them as a task.
 
     Raises:
         ConfigError, FileNotFoundError, ValueError: for an invalid configuration, or an unsuitable encoder or data set;
@@ -106,7 +106,7 @@ def open_task(config: Config) -> Iterator[Task[Config]]:
 def training_view(
     transform: EvalTransform, field: str, given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
 ) -> View:
-    """Return the view of labeled training images. Size, mean and std are those of the evaluation.
+    """Return the recipe for the views of labeled training images. Its size, mean and std are those of the evaluation.
 
     Args:
         transform: the preparation of the images in the evaluation.
@@ -132,10 +132,11 @@ def training_view(
 
 @contextmanager
 def progress_log(description: str, total: int) -> Iterator[Callable[[str], None]]:
-    """Yield a function to call with a line after each of `total` steps or epochs.
+    """Yield a function to call after each of `total` steps or epochs, with a line of text about that step.
 
-    It advances a progress bar, and logs the first line, the last one, and one every 30 seconds with the time left. A
-    step with an empty line was finished earlier: it is not logged.
+    The function advances a progress bar. It logs the first line, the last line and, between them, a line whenever 30
+    seconds have passed, each with the time left. For a step that an earlier command has finished, pass an empty line:
+    it is not logged.
     """
     start = last = time.monotonic()
     done = taken = 0
@@ -156,9 +157,9 @@ def progress_log(description: str, total: int) -> Iterator[Callable[[str], None]
 
 @contextmanager
 def monitored(network: Network, count: int, description: str) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Yield the network with a progress bar over `count` images of all ranks.
+    """Yield a function that calls the network and advances a progress bar over the `count` images of all ranks.
 
-    The network must be in eval mode. The yielded function raises ConfigError if a feature is not finite.
+    The network must be in eval mode. The function raises ConfigError if a feature is not finite.
     """
     done, share = 0, -(-count // world_size())
     with progress_bar(description) as progress:
@@ -187,7 +188,7 @@ class Result:
 
     @property
     def several_labels(self) -> bool:
-        """Whether images can have several labels each: the results are average precisions."""
+        """Whether an image can have several labels. Then the metrics are average precisions."""
         return isinstance(self.metrics[0], AveragePrecision)
 
     @property
@@ -199,18 +200,18 @@ class Result:
         return mean_known([each.top5 for each in self.metrics])
 
     def accuracy(self) -> str:
-        """Format top1 for a table, with its 95 % interval: Student's over seeds, Wilson's for a single one."""
+        """Format top1 for a table, with a 95 % interval: Student's over several seeds, or Wilson's for one seed."""
         return percent(*mean_interval([each.top1 for each in self.metrics]), self.metrics[0].interval())
 
     def cells(self) -> dict[str, str]:
-        """Return the columns of a table, by their titles."""
+        """Return the cells of this result's row in a table, by the titles of the columns."""
         if self.several_labels:
             return {"mAP %": percent(*mean_interval([each.mean for each in self.metrics]))}
         return {"top-1 %": self.accuracy(), "top-5 %": percent(self.top5)}
 
 
 def summarize_seeds(metrics: Sequence[Any]) -> dict[str, Any]:
-    """Return the means of `Result.metrics` over seeds, and half of Student's 95 % interval, for results.json."""
+    """Return the means of `Result.metrics` over seeds and half the width of their 95 % interval, for results.json."""
     if isinstance(metrics[0], AveragePrecision):
         mean, half = mean_interval([each.mean for each in metrics])
         per_class = [mean_known(each) for each in zip(*(each.per_class for each in metrics), strict=True)]
@@ -220,7 +221,7 @@ def summarize_seeds(metrics: Sequence[Any]) -> dict[str, Any]:
 
 
 def frames_note(source: Source) -> str:
-    """Return why the intervals are too narrow if the images are frames of videos, to append to a caption; else ""."""
+    """Return a note for a caption if the images are frames of videos: why the intervals are too narrow. Else ""."""
     narrow = "; frames of one video resemble each other, so the true interval is wider"
     return narrow * bool(len(source) and video_of(source.name(0)))
 
@@ -239,14 +240,14 @@ def own_settings(config: ResumableConfig) -> dict[str, Any]:
 
 
 def changed_settings(config: EncoderConfig, file: str, names: Iterable[str]) -> dict[str, Any]:
-    """Return the fields in `names` that differ from those of a file below configs/, as overrides by dotted names."""
+    """Return the values of the fields in `names` that differ from configs/FILE.yaml, by dotted names, as overrides."""
     values = asdict(config)
     usual = merged(asdict(type(config)()), yaml_fields(file))
     return dict(changed_fields({name: value for name, value in values.items() if name in names}, usual))
 
 
 def log_next_training(config: EncoderConfig, name: str, seeds: int, output: Path) -> None:
-    """Print the next command after moco.NAME: the same with three seeds if it had fewer, else TensorBoard."""
+    """Print the command to run after moco.NAME: the same command with three seeds if it had fewer, else TensorBoard."""
     if seeds < 3:
         shared = {each.name for each in fields(EncoderConfig)}
         changed = changed_settings(config, name, asdict(config).keys() - shared)
@@ -257,14 +258,14 @@ def log_next_training(config: EncoderConfig, name: str, seeds: int, output: Path
 
 
 def changed_images(config: SubjectConfig) -> dict[str, Any]:
-    """Return the fields of `images` that are set, as overrides: the others are those of the encoder's run or file."""
+    """Return the fields of `images` that are set, as overrides. Other fields come from the encoder's run or file."""
     return {f"images.{name}": value for name, value in asdict(config.images).items() if value is not None}
 
 
 def yaml_fields(file: str) -> dict[str, Any]:
     """Return the fields of configs/FILE.yaml, and of the files in the same folder that its defaults list names.
 
-    {} if there is no such file.
+    Return {} if there is no such file.
     """
     path = Path(config_dir(), f"{file}.yaml")
     if not path.is_file():
@@ -294,7 +295,7 @@ def record_results(
 ) -> Path:
     """Add one entry per encoder to results.json on rank 0 and return its path; every rank must call it.
 
-    `seed` is that of the initial weights of "untrained"; None: the run's.
+    `seed` is the seed of the initial weights of the encoder "untrained"; None: the seed of the encoder's run.
     """
     shared = {"command": command, "protocol": protocol} | describe(task, features)
     images, seed = changed_images(task.config), task.subject.file.seed if seed is None else seed
@@ -311,7 +312,7 @@ def record_results(
 def describe_encoder(file: EncoderFile, features: str = "backbone") -> dict[str, Any]:
     """Return the keys of a results.json entry that identify the encoder.
 
-    "sha256" covers the weights that compute the features, "backbone" or "projection".
+    `features` is "backbone" or "projection". "sha256" covers the weights that compute these features.
     """
     source = str(Path(file.source).expanduser().absolute())
     known = {name: getattr(file, name) for name in ("layout", "backbone", "options", "channels", "step")}
@@ -325,8 +326,8 @@ def describe_encoder(file: EncoderFile, features: str = "backbone") -> dict[str,
 def describe_start(config: EncoderConfig, encoder: str, seed: int) -> dict[str, Any]:
     """Return the keys of a results.json entry that state with which weights an evaluation starts.
 
-    `encoder` is "pretrained", "untrained", "pixels" or the path of another encoder. `seed` is that of the initial
-    weights of "untrained".
+    `encoder` is "pretrained", "untrained", "pixels" or the path of another encoder. `seed` is the seed of the initial
+    weights of the encoder "untrained".
     """
     own = encoder in ("pretrained", *BASELINES)
     known = {"encoder": encoder, "weights": config.weights if own else EncoderConfig.weights}
@@ -349,7 +350,7 @@ def describe(task: Task[Any], features: str) -> dict[str, Any]:
 
 
 def count_shared(training: Sequence[str], held_out: Sequence[str]) -> int:
-    """Return how many of the held-out image files are training images, too; warn if there are some."""
+    """Return how many of the held-out image files are training images, too; warn if the number is not 0."""
     known = set(map(os.path.realpath, training))
     count = sum(os.path.realpath(path) in known for path in held_out)
     if count and is_rank_zero():

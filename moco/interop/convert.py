@@ -28,7 +28,7 @@ _BATCH_SIZE = 16
 
 
 class ConversionError(ValueError):
-    """The written file does not hold the same encoder, or that cannot be checked; the message is one sentence."""
+    """The written file differs from the source, or cannot be compared with the source. The message is one sentence."""
 
 
 def convert_encoder(config: ConvertConfig) -> None:
@@ -103,7 +103,7 @@ def _refuse_existing(config: ConvertConfig, output: Path) -> None:
 
 
 def _move(temporary: Path, output: Path) -> None:
-    """Move a file to its place, or the files of a folder into `output`, whose other files stay."""
+    """Move a file to `output`, or the files of a folder into the folder `output`, where other files stay."""
     if temporary.is_dir():
         output.mkdir(exist_ok=True)
         for each in sorted(temporary.iterdir()):
@@ -125,7 +125,7 @@ def _card(config: ConvertConfig, file: EncoderFile, backbone: nn.Module) -> str:
 
 
 def _only_this_size(size: int) -> str:
-    """Describe which sizes a graph accepts, and how to get another one."""
+    """Describe which images an exported graph accepts, and how to convert the encoder for another size."""
     other = f"images.size={2 * size} images.resize={2 * size}"
     return f"any number of images at once, but only of {size} x {size} px; for another size convert again, e.g. {other}"
 
@@ -136,7 +136,10 @@ def write_and_compare(
     """Write a file, read it again, and compare it with the source.
 
     Args:
-        file: the source, with `images`; `backbone` is its network, in eval mode on the CPU.
+        to: the format, a key of `FORMATS`.
+        path: the file or folder to write.
+        file: the source, with `images`.
+        backbone: the network of the source, in eval mode on the CPU.
         features: computes a network's features (M, D) of fixed images.
 
     Returns:
@@ -176,13 +179,13 @@ def write_and_compare(
 
 
 def _comparison_images(config: ConvertConfig, subject: Subject) -> tuple[Source, str]:
-    """Return images for the comparison, and their name: the configured ones, the run's, or built-in ones.
+    """Return images for the comparison, and a name for them: the configured images, the run's, or built-in images.
 
     The built-in images are scikit-learn's digits or, for an encoder of images that are not RGB, random numbers.
     """
     configured = config.data.name is not None or config.data.root is not None  # by the user
     if configured or subject.file.config.get("data"):
-        lazily = replace(config, data=replace(config.data, resident=False))  # only a few are read
+        lazily = replace(config, data=replace(config.data, resident=False))  # only a few images are read
         try:
             return open_data(lazily, subject).train, data_config(lazily, subject).name
         except (FileNotFoundError, ValueError):

@@ -1,4 +1,4 @@
-"""Where other projects' files hold an encoder: a row of `LAYOUTS` for each, and torchvision's names for its weights."""
+"""Find the encoder in a file of another project, by `LAYOUTS`, and give its weights the names of torchvision."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -10,11 +10,11 @@ State = Mapping[str, Tensor]
 
 
 class Layout(NamedTuple):
-    """Where a project's files hold the weights of an encoder: a prefix of their names, see `under`."""
+    """Where a project's files hold the weights of an encoder: the prefixes of their names, see `under`."""
 
     name: str
-    encoder: str
-    momentum_encoder: str = ""  # none
+    encoder: str  # prefix of the encoder's weights
+    momentum_encoder: str = ""  # prefix of the momentum encoder's weights; "": the files hold none
     of_timm: bool = False  # timm publishes its weights in this layout
 
 
@@ -71,7 +71,9 @@ def flat(state: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def under(prefix: str, state: State) -> dict[str, Tensor]:
-    """Return the weights whose names begin with a prefix, without it. DDP's "module." may precede or follow its parts.
+    """Return the weights whose names begin with `prefix`, by their names without the prefix.
+
+    "module." of DDP, and similar wrappers, may stand before and after each part of the prefix.
 
     Args:
         prefix: parts that end in a dot; a part may be a regular expression.
@@ -115,7 +117,7 @@ def _part(layout: Layout, prefix: str, tensors: State) -> Part:
 
 def _is_head(name: str) -> bool:
     """Return whether a weight belongs to a classifier or projection head instead of the backbone."""
-    return name.startswith(_CLASSIFIERS) and not name.startswith("head.norm.")  # part of ConvNeXt's backbone
+    return name.startswith(_CLASSIFIERS) and not name.startswith("head.norm.")  # in ConvNeXt's backbone
 
 
 def has_small_stem(backbone: State) -> bool:

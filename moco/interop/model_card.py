@@ -1,6 +1,6 @@
 """The model card of an encoder: README.md of a repository on the Hugging Face Hub.
 
-What it states about the encoder comes only from the encoder's file and from the results.json of its run.
+What the card states about the encoder comes only from the encoder's file and from the results.json of its run.
 """
 
 import re
@@ -13,6 +13,7 @@ import moco
 from moco.interop.encoder_file import EncoderFile
 from moco.runs.comparison import chosen_neighbors, data_name, placed
 
+# Characters with a meaning in Markdown, which `plain` escapes.
 _MARKUP = re.compile(r"([\\`*_\[\]|~$]|:(?=//))")
 _PLACEHOLDER = "USER/NAME"  # the name of a repository that is not uploaded yet
 
@@ -25,7 +26,7 @@ def model_card(
     Args:
         file: the encoder. Its `images` have size, resize, mean and std, and its `config` no paths, see `shareable`.
         timm: whether timm can build the network from the repository.
-        parameters: how many the network has.
+        parameters: the number of parameters of the network.
         results: entries of results.json, see `moco.runs.results.record`.
         repo: the repository on the Hub; "" if unknown.
     """
@@ -172,5 +173,5 @@ def shareable(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if value.startswith("pipe:") or ("://" in value and not value.startswith("hf://")):
-        return ""  # it may hold a password
+        return ""  # the text may contain a password
     return value.rstrip("/").rpartition("/")[2] if value.startswith(("/", "~")) else value

@@ -27,7 +27,7 @@ def load_weights(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Return the metadata and the tensors of a file.
 
     Raises:
-        SafetensorError, OSError, ValueError: for another or a damaged file.
+        SafetensorError, OSError, ValueError: if the file is no safetensors file, or is damaged.
     """
     refuse_special_file(path)
     with safe_open(path, "pt") as file:

@@ -1,4 +1,4 @@
-"""BN over groups of a batch in two launches, and two for backward, whatever the number of groups.
+"""BN over groups of a batch: two launches forward and two launches backward, whatever the number of groups.
 
 A batch (N, C, H, W) in torch's channels_last format is a matrix of N H W rows and C columns, of which each group holds
 L consecutive rows. The first kernel of each pass sums parts of each group's rows, the second one combines the parts and
@@ -36,7 +36,7 @@ def _at(group, rows, end, L, channels, is_channel, C):
 
 @triton.jit
 def _per_channel(values, channels, is_channel, default, GIVEN: tl.constexpr, COLUMNS: tl.constexpr):
-    """Load weight or bias; without it return the default."""
+    """Load weight or bias; if there is none, return the default."""
     result = tl.zeros((COLUMNS,), tl.float32) + default
     if GIVEN:
         result = tl.load(values + channels, is_channel, 0.0)
@@ -45,7 +45,7 @@ def _per_channel(values, channels, is_channel, default, GIVEN: tl.constexpr, COL
 
 @triton.jit
 def _moments(x, parts, L, C, part, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Write mean and sum of squared differences of each part: (2, G, P, C)."""
+    """Write the mean of each part and its sum of squared differences from the mean: (2, G, P, C)."""
     group, number, channels, is_channel = _place(C, COLUMNS)
     mean, squares = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
     begin, end = number * part, tl.minimum(number * part + part, L)
@@ -149,7 +149,7 @@ def _gradients(
 ):  # fmt: skip
     """Write the gradient with respect to `chunk` rows of a group.
 
-    One program per block of channels also writes those with respect to weight and bias, (2, C).
+    One program per block of channels also writes the gradients with respect to weight and bias, (2, C).
     """
     group, number, channels, is_channel = _place(C, COLUMNS)
     total, weighted = _total(parts, group, channels, is_channel, G, P, C, PARTS)
@@ -183,10 +183,10 @@ class _Sizes(NamedTuple):
     chunk: int  # rows that a program normalizes
     sums: tuple[int, int, int]  # the grid of the first kernel
     all: tuple[int, int, int]  # the grid of the second kernel
-    tile: dict[str, int]
+    tile: dict[str, int]  # the constants ROWS and COLUMNS of the kernels
 
 
-@functools.lru_cache(maxsize=1024)  # the host takes longer to compute it than to launch a kernel
+@functools.lru_cache(maxsize=1024)  # computing the sizes takes the host longer than launching a kernel
 def _sizes(shape: torch.Size, groups: int) -> _Sizes:
     channels, rows = shape[1], shape.numel() // shape[1] // groups
     columns = min(_CHANNELS, triton.next_power_of_2(channels))
@@ -214,13 +214,14 @@ def batch_norm(
         running: the running mean and variance, float32 (C,) each; updated with the mean over the groups.
 
     Returns:
-        The result, as `x`, and means and inverse standard deviations, float32 (2, G, C), for `batch_norm_backward`.
+        The result, of the shape and type of `x`; and the groups' means and inverse standard deviations, float32
+        (2, G, C), for `batch_norm_backward`.
     """
     sizes = _sizes(x.shape, groups)
     parts = torch.empty(2, groups, sizes.parts, sizes.channels, device=x.device)
     saved = torch.empty(2, groups, sizes.channels, device=x.device)
     out = torch.empty_like(x)
-    affine = (x, x) if weight is None else (weight, bias)  # not read if None
+    affine = (x, x) if weight is None else (weight, bias)  # without weight and bias, these arguments are not read
     with torch.cuda.device_of(x):
         _moments[sizes.sums](x, parts, sizes.rows, sizes.channels, sizes.part, **sizes.tile)
         _normalize[sizes.all](
@@ -232,7 +233,7 @@ def batch_norm(
 
 
 def batch_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, saved: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients with respect to `x`, and to weight and bias, float32 (2, C) or empty without them."""
+    """Return the gradient with respect to `x`, and those to weight and bias: float32 (2, C), or (2, 0) without them."""
     groups = saved.shape[1]
     sizes = _sizes(x.shape, groups)
     parts = torch.empty(2, groups, sizes.parts, sizes.channels, device=x.device)

@@ -8,7 +8,8 @@ queue fill a GPU because each program takes one part of the queue; a second kern
 2. `_combine`: for each query, the sums over the parts, the loss, its derivatives and the measures.
 
 Half precision is multiplied as it is, and summed in float32. Tensor cores compute products of float32 numbers as three
-products of TF32 numbers, whose error is about that of float32; as one product if TF32 is allowed.
+products of TF32 numbers, whose error is about that of float32. If TF32 is allowed, they compute only one product of
+TF32 numbers.
 
 Legend: N queries, C dimension, K queue length, P parts of the queue.
 """
@@ -34,11 +35,11 @@ class Fused(NamedTuple):
     positive: Tensor  # the key's logit
     hardest: Tensor  # the largest logit of a negative; -inf without any
     log_sum: Tensor  # log of the sum of the negatives' exponentials; -inf without any
-    negatives: Tensor  # their number
+    negatives: Tensor  # the number of negatives
     effective_negatives: Tensor
     measures: Tensor  # (6, N), in the order of `moco.losses.streamed.MEASURES`
     by_query: Tensor  # the gradient with respect to the query is this times `apart`
-    by_temperature: Tensor
+    by_temperature: Tensor  # the derivative with respect to the temperature
     apart: Tensor  # (N, C), mean key of the negatives - own key
 
 
@@ -83,7 +84,7 @@ def _parts(
     COLUMNS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """Write the largest logit, the sum and the number of negatives, (P, 3, N), and the weighted keys, (P, N, C)."""
+    """Write largest logit, sum of exponentials, number of negatives, (P, 3, N), and sum of weighted keys, (P, N, C)."""
     number = tl.program_id(1)
     rows, dims = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
     is_query, is_dim = rows < N, dims < C
@@ -133,7 +134,7 @@ def _sum_over_parts(sums, pulled, n, N, C, P, PARTS: tl.constexpr, DIM: tl.const
     for number in range(P):
         share = tl.exp(tl.load(sums + number * 3 * N + n) - top)
         mean_key += share * tl.load(pulled + (number * N + n).to(tl.int64) * C + dims, dims < C, 0.0)
-    # With any negative, the total is 1 or more: the largest adds exp(0).
+    # If there is a negative, the total is 1 or more: the largest logit adds exp(0).
     return top, total, count, mean_key / tl.maximum(total, 1.0)
 
 
@@ -161,7 +162,7 @@ def _combine(
     PARTS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """Write the results of one query, (12, N), in the order in which `info_nce` unpacks them, and its `apart`."""
+    """Write the results of one query to `out`, (12, N), in the order in which `info_nce` unpacks it, and to `apart`."""
     n = tl.program_id(0)
     t = _temperature(temperature, LEARNED)
     dims = tl.arange(0, DIM)

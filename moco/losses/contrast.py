@@ -20,8 +20,8 @@ from moco.losses.similarity import ABSENT, Temperature, check_mask, full_precisi
 from moco.losses.streamed import logit_measures
 from moco.plugins import Registry, check_options
 
-# Switches of plug-ins: functions of the logits (N, 1 + K + E), the positive first, and of their options by name, which
-# return the logits of the cross entropy.
+# Switches of plug-ins. A switch is a function of the logits (N, 1 + K + E), with the positive in column 0, and of its
+# options as keyword arguments. It returns the logits of the cross entropy.
 SWITCHES: Registry[Callable[..., Tensor]] = Registry("method.switches", {})
 
 
@@ -68,7 +68,7 @@ def contrast(
     positives: Tensor | None = None,
     uniforms: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute InfoNCE with switches; without any it is `info_nce`, bit for bit.
+    """Compute InfoNCE with switches; without any switch the loss equals `info_nce` bit for bit.
 
     Args:
         query, key, queue, temperature, negatives: as in `info_nce`.
@@ -79,9 +79,10 @@ def contrast(
 
     Returns:
         The loss and a dict of detached measures, all of shape () and means over the queries. "negatives" and
-        "positives": their numbers in the queue; "chance": the loss if all candidates are equally similar; "eliminated"
-        or "attracted": the number of false negatives found; "mixed_similarity": the cosine of a query and its mixed
-        negatives. Those of `logit_measures` exclude margin and mixed negatives, so that runs can be compared.
+        "positives": the numbers of negatives and positives in the queue; "chance": the loss if the query is equally
+        similar to all keys and mixed negatives in the softmax; "eliminated" or "attracted": the number of false
+        negatives found; "mixed_similarity": the cosine of a query and its mixed negatives. The measures of
+        `logit_measures` are computed without margin and mixed negatives, so that runs can be compared.
 
     Raises:
         ValueError: for invalid values and shapes, and for debiasing with any other switch or positives.
@@ -185,7 +186,7 @@ def _mix(query: Tensor, queue: Tensor, switches: Switches, uniforms: Tensor | No
 
 
 def _chance(candidates: Tensor, negatives: Tensor, switches: Switches) -> Tensor:
-    """Return the loss of equal logits, as a mean of logarithms: it does not depend on how the batch is divided."""
+    """Return the loss of equal logits: a mean over queries, so it does not depend on how the batch is divided."""
     if switches.decoupled:
         return (negatives.sum(dim=1).float() + switches.mixed).clamp(min=1).log().mean()
     return torch.log1p(candidates.sum(dim=1).float() + switches.mixed).mean()

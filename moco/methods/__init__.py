@@ -1,4 +1,4 @@
-"""The methods by name. To add one: its schema in NAME_config.py, its algorithm in NAME.py, its entry here.
+"""The methods by name. A new method has its schema in NAME_config.py, its algorithm in NAME.py and an entry here.
 
 Importing this package does not import torch: a schema imports its algorithm in `build`.
 """

@@ -149,8 +149,8 @@ def build_backbone(name: str, options: Mapping[str, Any], group: str = "model.")
     Args:
         name: a key of `BACKBONES`, or `timm/NAME` for any model of timm.
         options: keyword arguments of the constructor, e.g. {"stem": "cifar"}. "channels" is the number of channels of
-            the images; timm receives it as `in_chans`, and sums, or repeats and scales, published weights of the first
-            layer.
+            the images. timm receives it as `in_chans` and adapts published weights of the first layer to it: timm sums
+            the weights over the channels, or repeats and scales them.
         group: the prefix of the fields `backbone` and `options` in error messages; "" for none.
 
     Raises:

@@ -68,7 +68,7 @@ def map_layer(backbone: nn.Module) -> str:
 
 
 def as_map(output: Tensor, backbone: nn.Module) -> Tensor:
-    """Return the output of the map's layer as (N, D, h, w): it may be tokens (N, T, D), or have the channels last."""
+    """Return the output of the map's layer as (N, D, h, w); `output` may be tokens (N, T, D), or have channels last."""
     if output.dim() == 3:
         prefix: Any = getattr(backbone, "num_prefix_tokens", 0)
         patches = output[:, prefix:].transpose(1, 2)  # (N, D, P)
@@ -78,12 +78,12 @@ def as_map(output: Tensor, backbone: nn.Module) -> Tensor:
 
 
 def pooled(feature_map: Tensor, grid: int) -> Tensor:
-    """Average (N, D, h, w) over G x G cells; 0 keeps the map."""
+    """Average a map (N, D, h, w) over G x G cells; `grid` is G, or 0 to keep the map."""
     return F.adaptive_avg_pool2d(feature_map, grid) if grid else feature_map
 
 
 def map_shape(backbone: nn.Module, size: int, channels: int) -> tuple[int, ...]:
-    """Return D, h, w of the feature map for images of `size` pixels. Computes shapes only, where possible."""
+    """Return D, h, w of the feature map for images of `size` pixels; only shapes are computed, where possible."""
     seen: list[Tensor] = []
     handle = backbone.get_submodule(map_layer(backbone)).register_forward_hook(lambda *of: seen.append(of[2]))
     try:
@@ -101,9 +101,9 @@ def build_dense_encoder(
 
     Args:
         encoder: its backbone and head are used, not copied.
-        layers, hidden, dim: of the dense head, as in `projection_head`.
-        size, channels: of the images.
-        grid: G, or 0.
+        layers, hidden, dim: the sizes of the dense head, as in `projection_head`.
+        size, channels: the side in pixels and the channels of the images.
+        grid: G, or 0 for no pooling.
 
     Raises:
         ConfigError: if the feature map has fewer than 2 x 2 cells, or fewer than G x G.

@@ -19,8 +19,9 @@ def input_channels(network: nn.Module) -> int:
 def with_channels_of(network: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """Return weights whose first convolution has as many input channels as that of a network.
 
-    Each new channel has the sum of the old channels divided by the number of new ones. So the sum over the channels is
-    preserved: an image with equal channels gives the same features before and after. Other weights are unchanged.
+    The weights of each new channel are the sum of the old channels' weights, divided by the number of new channels. So
+    the sum of the weights over the channels is preserved: an image with equal channels gives the same features before
+    and after. Other weights are unchanged.
 
     Args:
         network: the network that is to load the weights.

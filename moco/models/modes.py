@@ -32,16 +32,16 @@ def set_training(network: nn.Module, frozen_bn: bool) -> None:
 
 
 def checkpoint_activations(backbone: nn.Module, name: str) -> None:
-    """Let a backbone keep only the inputs of its blocks for the backward pass, which computes the rest again.
+    """Let a backbone keep only the inputs of its blocks; the backward pass computes the other activations again.
 
     Raises:
-        ConfigError: if timm does not support this for the backbone, or if it has BN, whose running statistics would be
-            updated twice. BN in the stem of a ViT is allowed, because the stem is not computed again.
+        ConfigError: if timm does not support this for the backbone, or if the backbone has BN, whose running statistics
+            would be updated twice. BN in the stem of a ViT is allowed, because the stem is not computed again.
     """
     switch: Any = getattr(backbone, "set_grad_checkpointing", None)
     norms = [each for each, layer in backbone.named_modules() if isinstance(layer, GroupedBatchNorm | _BatchNorm)]
     if switch is not None and all(each.startswith("patch_embed.") for each in norms):
-        with suppress(AssertionError):  # timm's, of a model that does not support it
+        with suppress(AssertionError):  # raised by timm for a model that does not support it
             switch()
             return
     fix = "set activation_checkpointing=false, or use a ViT, e.g. model.backbone=vit_base"

@@ -16,9 +16,11 @@ _NORMS = (GroupedBatchNorm, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.Gr
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, exclude: Sequence[str]) -> list[dict[str, object]]:
-    """Return the trainable parameters in two groups: with weight decay, and without ("bias", "norm" in `exclude`).
+    """Return the trainable parameters in two groups: with weight decay, and without weight decay.
 
-    A learned temperature is never decayed: its parameter is log 1/T, for which 0 is not a preferred value.
+    If `exclude` contains "bias", the biases have no weight decay; if it contains "norm", the parameters of
+    normalization layers have none. A learned temperature is never decayed: its parameter is log 1/T, for which 0 is not
+    a preferred value.
     """
     decayed, excluded = list[nn.Parameter](), list[nn.Parameter]()
     for layer in module.modules():
@@ -32,10 +34,11 @@ def parameter_groups(module: nn.Module, weight_decay: float, exclude: Sequence[s
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], module: nn.Module | None = None) -> None:
-    """Load a state dict; the optimizer state then uses the memory format of its parameter.
+    """Load a state dict; each tensor of the state then has the memory format of its parameter.
 
     Fused kernels read parameters and moments in memory order: moments from a run with another `channels_last` would
-    update the wrong weights. `module`, with the optimizer's parameters, is needed if it is sharded.
+    update the wrong weights. `module` is the network with the optimizer's parameters; it is needed if the network is
+    sharded.
     """
     built = [dict(group) for group in optimizer.param_groups]
     load_optimizer_state(module, optimizer, state)

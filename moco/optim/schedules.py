@@ -1,4 +1,4 @@
-"""Learning rate, momentum and temperature as pure functions of the step: resume needs no saved state."""
+"""Learning rate, momentum and temperature as pure functions of the step: a resumed run needs no saved state of them."""
 
 import math
 
@@ -49,7 +49,7 @@ def momentum_at(step: int, total_steps: int, start: float, end: float | None) ->
 
 
 def schedule_values(config: TrainConfig, plan: Plan, peak_lr: float, step: int) -> dict[str, float]:
-    """Return lr, momentum and, if it has a schedule, temperature of a step, counted from 0."""
+    """Return lr, momentum and, with a cosine schedule of the temperature, temperature of a step, counted from 0."""
     optim, method = config.optim, config.method
     factor = lr_factor(step, plan.steps_per_epoch, plan.epochs, optim)
     # The official code updates the momentum encoder at the start of step s + 1. Here it is updated at the end of

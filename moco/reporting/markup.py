@@ -17,7 +17,7 @@ THUMBNAIL = 320  # maximum of the longer side in pixels: about twice the display
 
 
 def plain(text: str) -> str:
-    """Replace characters that control the display, such as line ends and changes of writing direction.
+    """Replace characters that control the display, such as line ends and changes of writing direction, by U+FFFD.
 
     Surrogates stay, because they represent bytes of a file name that are not UTF-8.
     """
@@ -29,7 +29,7 @@ def plain(text: str) -> str:
 
 
 def plain_utf8(text: str) -> str:
-    """Return `plain` text that can be encoded: bytes that are not UTF-8 become escapes."""
+    """Return the result of `plain` as text that can be encoded in UTF-8: bytes that are not UTF-8 become escapes."""
     return plain(text).encode("utf-8", "backslashreplace").decode()
 
 
@@ -77,7 +77,7 @@ _PARTS: Any = _ENVIRONMENT.get_template("parts.html").module
 
 
 def part(name: str, *values: Any, **options: Any) -> Markup:
-    """Return the markup of a macro of parts.html."""
+    """Call a macro of parts.html and return its markup."""
     markup: Markup = getattr(_PARTS, name)(*values, **options)
     return markup
 

@@ -22,7 +22,7 @@ def write_projector(run: Run, images: ImageFeatures, drawn: Map | None) -> Path:
     """Write features, names, groups and images to projector/ in the run, and return that directory.
 
     Raises:
-        ConfigError: if it cannot be written.
+        ConfigError: if a file cannot be written.
     """
     from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
@@ -39,7 +39,7 @@ def write_projector(run: Run, images: ImageFeatures, drawn: Map | None) -> Path:
         shutil.rmtree(folder, ignore_errors=True)  # add_embedding would append to an earlier embedding
         with SummaryWriter(str(folder)) as writer:
             writer.add_embedding(features, metadata, small.float() / 255, run.step, "backbone", header)
-        for events in folder.glob("events.out.tfevents.*"):  # empty; TensorBoard would list the folder as another run
+        for events in folder.glob("events.out.tfevents.*"):  # empty files, with which the folder would be a run
             events.unlink()
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error.strerror}): set projector=false") from error

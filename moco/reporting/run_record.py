@@ -29,14 +29,14 @@ class Run:
     results: list[dict[str, Any]]
     checkpoint: Path | None  # the newest readable one
     state: dict[str, Any]  # of the checkpoint, without "method", "optimizer" and "scaler"; {} without a checkpoint
-    given: Mapping[str, Any] = field(default_factory=dict)  # fields of its data set that the command line sets
+    given: Mapping[str, Any] = field(default_factory=dict)  # fields of the data set that the command line sets
 
     @property
     def name(self) -> str:
         return self.path.name or str(self.path)
 
     def get(self, dotted: str, default: Any = None) -> Any:
-        """Return a field of the configuration, or `default` if it is null, or newer than the run."""
+        """Return a field of the configuration, or `default` if the field is null or newer than the run."""
         value: Any = self.config
         for part in dotted.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
@@ -44,7 +44,7 @@ class Run:
 
     @property
     def method(self) -> MethodConfig:
-        """The configuration of its method; fields that are newer than the run have their defaults."""
+        """The configuration of the run's method; fields that are newer than the run have their defaults."""
         with naming_plugins(self.path, self.config):
             return read_method(self.config.get("method", {}))
 
@@ -70,7 +70,7 @@ class Run:
 
     @property
     def images(self) -> int | None:
-        """The number of training images; None without a checkpoint, or if an early version wrote it."""
+        """The number of training images; None without a checkpoint, or for a checkpoint of an early version."""
         length: int | None = self.state.get("data", {}).get("length")
         return length
 
@@ -80,11 +80,11 @@ class Run:
 
     @property
     def labeled(self) -> bool:
-        """Whether its data set is known to have labels and held-out images."""
+        """Whether the run's data set is known to have labels and held-out images."""
         return self.get("data.name") in _LABELED or "accuracy/knn" in self.values
 
     def next_commands(self) -> list[str]:
-        """Return the commands that evaluate or use its encoder."""
+        """Return the commands that evaluate or use the run's encoder."""
         data = (self.get("data.name", ""), self.get("data.root", ""))
         on_bad_image, step = self.get("data.on_bad_image", "raise"), self.state.get("step")
         return next_commands(str(self.path), *data, self.labeled, on_bad_image, self.given, step)
@@ -114,7 +114,7 @@ def open_run(path: Path, field: str = "run") -> Run:
 
 
 def _newest(path: Path, field: str) -> tuple[Path | None, dict[str, Any]]:
-    """Return the newest readable checkpoint and its state."""
+    """Return the newest readable checkpoint and its state; None and {} for a run without checkpoints."""
     found = checkpoint.list_checkpoints(path / "checkpoints")
     for file in found:
         try:
@@ -160,7 +160,7 @@ def findings(run: Run) -> list[Alarm]:
 
 
 def by_epoch(runs: Sequence[Run]) -> tuple[dict[str, Metrics], str]:
-    """Return the metrics by run, and their x axis: epochs if all runs recorded the length of an epoch, else steps."""
+    """Return the metrics by run, and the unit of their x axis: "epoch" if all runs recorded its length, else "step"."""
     epochs = all(not math.isnan(run.steps_per_epoch) for run in runs)
     moved = {}
     for run, name in zip(runs, names(runs), strict=True):

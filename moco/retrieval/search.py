@@ -45,7 +45,7 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a mode. Entries and sections are computed while they are written."""
+    """The result of a search in one mode. Entries and sections are computed while they are written."""
 
     title: str
     kind: str  # key of the entries in the JSON file: queries, groups, outliers
@@ -213,7 +213,7 @@ def _by_threshold(config: SearchConfig, images: ImageSet, device: torch.device) 
 
 
 def _duplicates_note(config: SearchConfig, sizes: Sequence[int], count: int) -> str:
-    """Return what to know about the groups, whose sizes are given in descending order."""
+    """Return advice about the groups; `sizes` are their numbers of images in descending order."""
     lower = "lower threshold= to find edited copies"
     if not sizes:
         return f"None found at threshold={config.threshold:g}: {lower}, and look at the images before you remove any."
@@ -234,7 +234,7 @@ def _duplicates_note(config: SearchConfig, sizes: Sequence[int], count: int) -> 
 
 
 def _best_first(images: ImageSet, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Sort rows: the image with the most pixels first, then that with the largest file, then the lower row."""
+    """Sort rows: the image with the most pixels first, then the image with the largest file, then the lower row."""
     sizes = {row: image_size(images, row) for row in rows.tolist()}
     best = sorted(sizes, key=lambda row: (-sizes[row]["width"] * sizes[row]["height"], -sizes[row]["bytes"], row))
     return np.array(best, np.int64)
@@ -265,7 +265,7 @@ def _tile(images: ImageSet, row: int, headline: str, detail: str = "", marked: b
 
 
 def _image_or_none(source: Source, i: int) -> Tensor | None:
-    """Load an image; None if it has been removed or damaged since its features were computed."""
+    """Load an image; None if its file was removed or damaged after the features were computed."""
     try:
         return preview(source.image(i), source.pixel_format.preview)
     except ImageError:
@@ -286,5 +286,5 @@ def image_size(images: ImageSet, row: int) -> dict[str, int]:
         stored = images.pixels(row)  # (C, H, W)
         size = stored.nbytes if path is None else Path(path).stat().st_size
         return {"width": stored.shape[2], "height": stored.shape[1], "bytes": size}
-    except Exception:  # removed or damaged since; PIL raises many kinds of errors
+    except Exception:  # the file was removed or damaged; PIL raises many kinds of errors
         return {"width": 0, "height": 0, "bytes": 0}

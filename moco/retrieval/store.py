@@ -39,7 +39,7 @@ class Embedding:
     folder: Path
     images: ImageSet  # its features are mapped from the file
     about: About
-    computed: bool = True  # by this command; False: it was already complete
+    computed: bool = True  # whether this command computed it; False: the output was already complete
 
 
 def origin_of(about: About) -> str:
@@ -76,7 +76,7 @@ def begin(folder: Path, about: About) -> About | None:
     """Return the state to resume from, and create the file of features if needed; None if the output is complete.
 
     Raises:
-        ConfigError: if the folder contains something else, or the disk is too small.
+        ConfigError: if the folder contains something else, or too little disk space is free.
     """
     if (folder / FEATURES).exists() and (folder / ABOUT).exists():
         _refuse_other(folder, _read(folder / ABOUT), about | {"images_at_once": None})

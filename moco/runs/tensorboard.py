@@ -10,20 +10,20 @@ import numpy as np
 
 from moco.files import write_errors
 
-_HYPERPARAMETERS = {  # of TensorBoard's tab HParams, by the group of the configuration; "": of no group
+_HYPERPARAMETERS = {  # the fields in TensorBoard's tab HParams, by their group in the configuration; "": no group
     "": ("recipe", "seed", "epochs", "batch_size"),
     "data": ("name",),
     "model": ("backbone",),
     "method": ("name", "temperature", "momentum", "queue_size"),
     "optim": ("name", "lr", "weight_decay"),
 }
-_RESULTS = ("accuracy/knn", "retrieval/retrieval", "train/loss")  # metrics of that tab
+_RESULTS = ("accuracy/knn", "retrieval/retrieval", "train/loss")  # the metrics in the tab HParams
 
 
 class TensorBoard:
     """The logger that writes TensorBoard's events; see `moco.runs.metrics.Logger`.
 
-    The constructor and all methods of an instance raise `WriteError` if the disk is full.
+    The constructor and all methods of an instance raise `WriteError` if the files cannot be written.
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any], step: int) -> None:
@@ -46,7 +46,7 @@ class TensorBoard:
         self._events.add_custom_scalars(charts)
 
     def _add_hyperparameters(self, config: Mapping[str, Any]) -> None:
-        """Add a row to the tab HParams. `SummaryWriter.add_hparams` would write it to a directory of its own."""
+        """Add a row to the tab HParams. `SummaryWriter.add_hparams` would write the row to another directory."""
         from torch.utils.tensorboard.summary import hparams
 
         groups = {group: config if group == "" else config.get(group) or {} for group in _HYPERPARAMETERS}
@@ -74,7 +74,7 @@ class TensorBoard:
 
     @staticmethod
     def add_results(path: Path, values: Mapping[str, float], step: int) -> None:
-        """Add one point per result, in an event file of its own. Raises `OSError` if it cannot be written."""
+        """Add one point per result, in a new event file. Raises `OSError` if the file cannot be written."""
         from torch.utils.tensorboard import SummaryWriter
 
         with SummaryWriter(str(path)) as events:
@@ -82,7 +82,7 @@ class TensorBoard:
                 events.add_scalar(name, value, step)
 
     def log_histogram(self, name: str, counts: Any, step: int) -> None:
-        """Add counts in equal bins over -1 ... 1, shape (B,), to TensorBoard."""
+        """Add a histogram to TensorBoard: the counts, (B,), in B equal bins over -1 ... 1."""
         counts, edges = np.asarray(counts, np.float64), np.linspace(-1, 1, len(counts) + 1)
         middles = (edges[1:] + edges[:-1]) / 2
         # The number of values, their sum, and the sum of their squares.
@@ -104,6 +104,6 @@ class TensorBoard:
             threading.excepthook = self._hook
 
     def _on_thread_error(self, error: threading.ExceptHookArgs) -> None:
-        """Suppress the traceback of TensorBoard's writer thread: the next record raises its OSError again."""
+        """Suppress the traceback of an OSError in TensorBoard's writer thread: the next write raises it again."""
         if not isinstance(error.exc_value, OSError):
             self._hook(error)

@@ -13,7 +13,7 @@ from moco.distributed import process_group
 def pick_device(name: str, tf32: bool = False) -> torch.device:
     """Return the device of this process; for "auto" a CUDA GPU if there is one, else the CPU.
 
-    On a GPU, float32 is IEEE single precision from here on, unless `tf32`.
+    After this call, a CUDA GPU computes float32 in IEEE single precision, or in TF32 if `tf32` is true.
 
     Raises:
         ConfigError: if name is "cuda" or "mps" and there is no such GPU, or for "mps" with several processes.
@@ -35,7 +35,7 @@ def pick_device(name: str, tf32: bool = False) -> torch.device:
 
 @contextmanager
 def many_shapes() -> Iterator[None]:
-    """Let cuDNN choose its algorithms without measuring them, for images of many shapes; also a decorator."""
+    """Let cuDNN choose its algorithms without measuring them, for images of many shapes. Also usable as a decorator."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
         yield
@@ -48,7 +48,8 @@ def set_float32_precision(tf32: bool) -> None:
 
     By default torch computes convolutions in TF32.
     """
-    # These two also set the newer fields `fp32_precision`. torch.compile fails if only the newer ones are set to TF32.
+    # These two lines also set torch's newer fields `fp32_precision`. torch.compile fails if only the newer fields are
+    # set to TF32.
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
 

@@ -37,15 +37,15 @@ def next_commands(
     given: Mapping[str, Any] | None = None,
     step: int | None = None,
 ) -> list[str]:
-    """Return the commands that evaluate or use the encoder of a finished run; none whose output is there already.
+    """Return the commands that evaluate or use the encoder of a finished run, without commands whose output exists.
 
     Args:
-        run: its directory.
-        name, root: its data.name and data.root.
-        labeled: whether its data set has labels and held-out images.
-        on_bad_image: its data.on_bad_image; the commands for evaluation have the field on_bad_image instead.
+        run: the directory of the run.
+        name, root: data.name and data.root of the run.
+        labeled: whether the data set of the run has labels and held-out images.
+        on_bad_image: data.on_bad_image of the run; the commands for evaluation have the field on_bad_image instead.
         given: fields of the data set that the present command line sets, to be repeated.
-        step: of its newest checkpoint.
+        step: the step of the newest checkpoint of the run.
     """
     repeated = given or {}
     name, root = repeated.get("name", name), repeated.get("root", root)
@@ -53,7 +53,7 @@ def next_commands(
     images |= {"on_bad_image": "skip"} if on_bad_image == "replace" else {}
     if labeled:
         return [command("moco.linear", SubjectConfig(), run=run, **images)]
-    # The first folder without features of another step, which moco.embed would refuse to replace.
+    # The first folder that holds no features of another step: moco.embed would refuse to replace such features.
     folders = (f"{run}/features", *(f"{run}/features_{i}" for i in range(2, 1000)))
     features, there = next((each, found) for each in folders if (found := _features_step(each)) in (None, step))
     embed = command("moco.embed", SubjectConfig(), run=run, **images, output=features)
@@ -64,7 +64,10 @@ def next_commands(
 
 
 def _features_step(folder: str) -> int | None:
-    """Return the step of the encoder whose complete features are in a folder of moco.embed; None if there are none."""
+    """Return the step of the encoder whose features are in a folder of moco.embed.
+
+    None if the folder holds no complete features, and -1 if the step is unknown.
+    """
     if not Path(folder, FEATURES).is_file():
         return None
     try:
@@ -74,7 +77,7 @@ def _features_step(folder: str) -> int | None:
 
 
 def free_run(first: str) -> str:
-    """Return a run directory that does not exist: `first`, or with a number, as runs/mine_2."""
+    """Return a run directory that does not exist: `first`, or `first` with a number, such as runs/mine_2."""
     names = (first, *(f"{first}_{i}" for i in range(2, 1000)))
     return next(each for each in names if not Path(each).exists())
 
@@ -82,8 +85,8 @@ def free_run(first: str) -> str:
 def named_images(name: str, root: str) -> dict[str, Any]:
     """Return the fields that name remote images again: a command downloads only what its own command line names.
 
-    A stream cannot be read image by image: the fields then name YOUR_IMAGES, a placeholder for a folder. {} for images
-    on this machine.
+    A stream cannot be read image by image: the fields then name YOUR_IMAGES, a placeholder for a folder. For images on
+    this machine, return {}.
     """
     if name == "webdataset":
         return {"data.name": "folder", "data.root": "YOUR_IMAGES"}
@@ -114,7 +117,7 @@ def stats_command(data: DataConfig) -> str:
 def changed_fields(
     values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
-    """Yield dotted names and values that differ from the defaults; Hydra needs a plus before nested new names."""
+    """Yield dotted names and values that differ from the defaults; Hydra needs a plus before a new nested name."""
     for name, value in values.items():
         plus = "+" * (name not in defaults and bool(prefix) and not prefix.startswith("+"))
         if isinstance(value, Mapping):

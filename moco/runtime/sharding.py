@@ -1,6 +1,6 @@
 """Sharding: FSDP2 of torch divides weights, gradients and optimizer state among the processes.
 
-With DDP every process holds all of them. Here each process holds 1 / W of each tensor, divided along its first
+With DDP every process holds all of them. Here each of W processes holds 1 / W of each tensor, divided along its first
 dimension (a DTensor). This includes the momentum encoder. The weights of a block are gathered for its forward and its
 backward pass, and freed after each. The optimizer and the momentum update work on the shards. The queue, BN's running
 statistics and other buffers are not divided. Batches, shuffles and losses are those of DDP, so the mathematics is the
@@ -44,8 +44,8 @@ def shard(method: nn.Module, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (world_size(),))
     for network in method.children():
         for part in list(network.children()) if hasattr(network, "backbone") else [network]:
-            # FSDP warns if a backbone returns a view, because it would not notice a change in place. No head changes
-            # its input in place.
+            # FSDP warns if a backbone returns a view, because FSDP would not notice a change of that view in place. No
+            # head changes its input in place.
             known = rf"FSDP2-wrapped module \(FSDP{re.escape(type(part).__name__)}\) returned a view"
             warnings.filterwarnings("ignore", known, UserWarning)
             for each in [*_blocks(part), part]:
@@ -74,7 +74,7 @@ def whole(x: Tensor) -> Tensor:
 def whole_weights(network: nn.Module) -> Iterator[None]:
     """Gather the weights of a network, and divide them again at the end. Collective if they are sharded.
 
-    Meanwhile a forward pass does not communicate: ranks may call it at different times, or stop with an error.
+    In this context a forward pass does not communicate: ranks may run it at different times, or stop with an error.
     """
     parts = _sharded(network)
     for part in parts:
@@ -89,7 +89,7 @@ def whole_weights(network: nn.Module) -> Iterator[None]:
 
 
 def full_weights(network: nn.Module) -> State:
-    """Return the state dict of a network. If it is sharded: collective, and {} except on rank 0."""
+    """Return the state dict of a network. For a sharded network, this is collective, and ranks other than 0 get {}."""
     if not is_sharded(network):
         return network.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -98,7 +98,10 @@ def full_weights(network: nn.Module) -> State:
 
 
 def full_state(method: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
-    """Return the state dicts of a method and its optimizer. If it is sharded: collective, and {} except on rank 0."""
+    """Return the state dicts of a method and its optimizer.
+
+    For a sharded method, this is collective, and ranks other than 0 get {} and {}.
+    """
     if not is_sharded(method):
         return method.state_dict(), optimizer.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
@@ -141,7 +144,10 @@ def _names(method: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
 
 
 def _renamed(state: Mapping[str, Any], names: Mapping[Any, Any]) -> State:
-    """Rename the parameters of an optimizer's state dict: numbers to the names that torch's sharding uses, or back."""
+    """Rename the parameters of an optimizer's state dict by `names`, a mapping from the present names to new names.
+
+    An optimizer numbers its parameters; torch's sharding uses the names of the parameters instead.
+    """
     if not state:
         return {}
     groups = [{**group, "params": [names[each] for each in group["params"]]} for group in state["param_groups"]]

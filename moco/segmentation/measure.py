@@ -73,7 +73,7 @@ def overlap_of(predicted: NDArray[np.int64], mask: NDArray[np.uint8], classes: i
 
     Args:
         predicted: class of each pixel, (H, W).
-        mask: true class, (H, W); `IGNORED` for pixels that do not count.
+        mask: true class, (H, W); `IGNORED` for pixels that are not counted.
         classes: L.
     """
     known = mask != IGNORED

@@ -16,23 +16,23 @@ from moco.losses import info_nce_logits
 from moco.models.norm import GroupedBatchNorm, untracked
 from moco.runtime.device import float64_device
 
-KEYS = 4096  # newest keys of the queue, for the spectrum
+KEYS = 4096  # number of the newest keys of the queue whose rank, spectrum and spread are measured
 QUERIES = 16  # queries of a step whose logits are measured
 ENCODED = 64  # images per rank that are encoded again, rounded up to complete BN groups, at least two
-TOP = 10  # negatives of `top_share`
+TOP = 10  # number of hardest negatives in the measure `top_share`
 LIKELY_FALSE = 0.9  # cosine above which a key in the queue probably shows the same thing as the query's key
 
 
 class Monitor:
     """Measures a step of at least two samples; see `train_step`. The names of the measures begin with "analysis/".
 
-    Measures the last micro-batch of all ranks together, and the losses with shuffled and with unshuffled keys on
-    `ENCODED` images per rank. All ranks return the same names in the same order, so that the step can average them in
-    one collective.
+    A call measures the last micro-batch of all ranks together, and the losses with shuffled and with unshuffled keys on
+    `ENCODED` images per rank. All ranks return measures with the same names in the same order, so that the step can
+    average the measures in one collective.
 
     Args:
-        labels: the class of each image of the data set, (images,), -1 if unlabeled; None without labels. It lies on
-            the `float64_device` of the method, where all measures except the losses are computed.
+        labels: the class of each image of the data set, (images,), -1 if unlabeled; None without labels. The
+            tensor is on the `float64_device` of the method, where all measures except the losses are computed.
         keys_per_step: number of keys that a step enqueues, from all ranks and directions.
         shuffled: whether the step shuffles its keys between BN groups.
         precision: data type of autocast.
@@ -53,12 +53,12 @@ class Monitor:
         self.histograms: dict[str, Tensor] = {}  # of the last measurement: counts over -1 ... 1
 
     def is_due(self, done: int) -> bool:
-        """Return whether to measure the step that completes `done` steps."""
+        """Return whether to measure the step after which `done` steps are done."""
         return bool(self._every) and done % self._every == 0
 
     @torch.no_grad()
     def __call__(self, output: Output, views: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
-        """Return measures of shape (), float32; nan if there is nothing to measure yet, or nothing finite."""
+        """Return measures by name, of shape (), float32; nan if there is nothing to measure yet, or nothing finite."""
         queue, temperature = self._method.queue, self._temperature()
         device = float64_device(index.device)
         both = gather(torch.cat([output.query, output.key], dim=1))  # (W N, 2 C), one collective
@@ -117,10 +117,11 @@ class Monitor:
     def _shuffle_losses(
         self, queue: KeyQueue, output: Output, views: Sequence[Tensor], index: Tensor, temperature: float
     ) -> dict[str, Tensor]:
-        """Return the loss with keys that were normalized in the BN groups of their queries, and with shuffled keys.
+        """Return the loss with unshuffled keys, normalized in the BN groups of their queries, and with shuffled keys.
 
-        The first is lower if the statistics of a group reveal the positive (He et al., 2020, Sec. 3.3). The step has
-        computed one of the two; the other costs a forward pass of f_k. Empty without f_k, or if BN has a single group.
+        The loss with unshuffled keys is lower if the statistics of a group reveal the positive (He et al., 2020, Sec.
+        3.3). The step has computed one of the two losses; the other loss costs a forward pass of the momentum encoder.
+        Return {} if there is no momentum encoder, or if BN does not have several groups.
         """
         encoder = self._method.momentum_encoder
         if encoder is None:
@@ -145,7 +146,7 @@ class Monitor:
 
 
 def _across_groups(samples: int, group: int) -> NDArray[np.int64] | None:
-    """Return an order in which a group's samples come from as many groups as possible; None for a single group."""
+    """Return an order in which a group's samples come from as many groups as possible; None without several groups."""
     if group == 0 or samples <= group:
         return None
     return np.arange(samples).reshape(-1, group).T.ravel()

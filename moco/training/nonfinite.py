@@ -7,9 +7,9 @@ step. The views are a function of the seed, the epoch and the image indices, so 
 data.weights, an epoch can use an image several times, each time with different views; the views are then a function of
 the sample indices, which `Plan.samples` yields, instead of the image indices.
 
-If no steps may be skipped, the host does not wait for a GPU, except in fp16: it reads the loss of a step after it has
-queued the next one, and before anything is saved. A non-finite step has then already changed the weights: the file
-holds the state after the step, no checkpoint contains these weights, and the run ends.
+If no steps may be skipped, and the precision is not fp16, the host does not wait for the GPU in each step. It reads the
+loss of a step after it has queued the next step, and before anything is saved. A non-finite step has then already
+changed the weights: the file holds the state after the step, no checkpoint contains these weights, and the run ends.
 """
 
 import math
@@ -71,7 +71,7 @@ class NonFiniteGuard:
         self._log(f"step {step + 1} had {error} and was skipped, {limit}{saved}")
 
     def check(self, step: int, index: Tensor, measures: Measures) -> None:
-        """Check the previous step, and start to copy the loss of this one to the host. Does nothing if `in_step`.
+        """Check the previous step, and start to copy the loss of this step to the host. Do nothing if `in_step`.
 
         Errors: see `skip`; they are about the previous step.
         """
@@ -110,11 +110,11 @@ class NonFiniteGuard:
         )
 
     def _save(self, step: int, index: Tensor, what: str) -> str:
-        """Save the state on rank 0; return where it is, or why it could not be saved. Every rank calls this."""
+        """Save the state on rank 0; return as text where it is, or why saving failed. Every rank calls this."""
         samples = gather(index).cpu()  # (W n,)
         about = {"step": step, "epoch": step // self._plan.steps_per_epoch, "index": samples}
         about |= {"world_size": world_size(), "rank": rank(), "what": what}
-        state = about | self._state()  # on all ranks: with sharding it is gathered
+        state = about | self._state()  # on all ranks: with sharding the state is gathered
         return on_rank_zero(lambda: self._write(self._folder / f"step_{step + 1}.pt", state))
 
     def _write(self, file: Path, state: dict[str, Any]) -> str:

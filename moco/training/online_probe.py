@@ -1,10 +1,10 @@
-"""A linear classifier of the encoder's features that is trained while the encoder is; no gradient reaches the encoder.
+"""A linear classifier of the encoder's features, trained together with the encoder; no gradient reaches the encoder.
 
-It needs no further forward pass: in each step a hook keeps the backbone's features of the training images. They are
-standardized with their mean and variance over the global batch, in evaluation with running averages of these, as by BN
-without weight and bias. So one learning rate of Adam suits all backbones.
+The classifier needs no further forward pass: in each step a hook keeps the backbone's features of the training images.
+The features are standardized as by BN without weight and bias: in training with their mean and variance over the global
+batch, in evaluation with running averages of this mean and variance. So one learning rate of Adam suits all backbones.
 
-Legend: n local batch, D features, V views that the encoder sees, W processes.
+Legend: n local batch, D features, V views that the encoder sees, M images.
 """
 
 from collections.abc import Sequence
@@ -29,8 +29,8 @@ class OnlineProbe:
     Args:
         backbone: of the encoder, images to features (N, D), with the attribute `num_features` = D.
         labels: the class of each training image, (images,), negative if unlabeled: such an image is not used.
-        classes: their number.
-        device: of the classifier; it must support float64.
+        classes: the number of classes.
+        device: the device of the classifier, which must support float64.
     """
 
     def __init__(self, backbone: nn.Module, labels: NDArray[np.int64], classes: int, device: torch.device) -> None:
@@ -113,8 +113,8 @@ class OnlineProbe:
 def _image_indices(seen: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
     """Return the image index of each row of the features, in the order of the forward passes.
 
-    The passes of a micro-batch follow each other; a pass holds the images of its micro-batch once, or once
-    per view.
+    `seen` holds the features of each forward pass, and `parts` the image indices of each micro-batch. The passes of one
+    micro-batch follow each other. A pass contains the images of its micro-batch once, or once per view.
     """
     passes = len(seen) // len(parts)  # per micro-batch
     each = [parts[number // passes].repeat(len(x) // len(parts[0])) for number, x in enumerate(seen)]

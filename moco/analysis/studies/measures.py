@@ -1,7 +1,7 @@
 """Measures of a finished run of the temperature study: geometry, few-label kNN, similarities and pushes.
 
-All networks are in eval mode. The images are held-out ones if the data set has them, else training images. Uniformity
-and tolerance are those of plain evaluation views. Alignment compares the encoder's outputs for two augmented views.
+All networks are in eval mode. The images are held-out images if the data set has them, else training images. Uniformity
+and tolerance are computed on plain evaluation views. Alignment compares the encoder's outputs for two augmented views.
 The push on a negative is its softmax value: the gradient of the loss with respect to its similarity, times T.
 Similarities and pushes are as in the loss: the momentum encoder makes the positive, the queue's keys are the negatives.
 
@@ -45,7 +45,7 @@ class Contrast:
     positive_similarity: float
     negatives: int  # K
     effective_negatives: float  # mean over the queries, 1 ... K
-    push: float  # 1 - P of the positive, 0 (no gradient is left) ... 1
+    push: float  # 1 - the softmax value of the positive, 0 (no gradient is left) ... 1
     positives_at: list[int]  # (B,), number of positives whose similarity is in each bin over -1 ... 1
     negatives_at: list[int]  # (B,), number of negatives whose similarity is in each bin
     push_at: list[float]  # (B,), share of the push on the negatives in each bin, a mean over the queries; sums to 1
@@ -151,7 +151,7 @@ def _momentum_encoder(path: Path, device: torch.device) -> Encoder | None:
 
 
 def _queue(method: dict[str, Tensor], device: torch.device) -> Tensor | None:
-    """Return the queue's keys whose images are known, (K, C); None without a queue or such keys."""
+    """Return the queue's keys whose images are known, (K, C); None if there is no queue or no such key."""
     if "queue.keys" not in method:
         return None
     keys = method["queue.keys"][method["queue.index"] != UNKNOWN]
