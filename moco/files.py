@@ -40,8 +40,8 @@ def write_errors(path: Path) -> Iterator[None]:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield the name of a temporary file to write to, then flush that file and rename it to `path`.
 
-    If anything fails, the temporary file is removed and an earlier `path` is left unchanged. Two processes may write
-    the same `path` at once: each has its own temporary file, and the file of the last one to finish remains.
+    If anything fails, the temporary file is removed, and an earlier file `path` is left unchanged. Two processes may
+    write the same `path` at once: each has its own temporary file, and the file of the last one to finish remains.
 
     Raises:
         WriteError: if the system does not let the file be written.
@@ -144,7 +144,7 @@ def write_csv(path: Path, columns: Sequence[str], lines: Iterable[Sequence[Any]]
         atomic_write(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
-        table = csv.writer(file)  # with its default line ends: with others it does not quote carriage returns
+        table = csv.writer(file)  # with its default line ends: with other line ends it does not quote carriage returns
         table.writerow(columns)
         table.writerows(lines)
 

@@ -68,7 +68,7 @@ class Registry(dict[str, T]):
         Args:
             name: the name.
             also: further valid names, for the error.
-            field: the field that holds the name, for the error, if it is not the registry's.
+            field: the field that holds the name, for the error, if it is not the field of the registry.
         """
         if name not in self:
             raise UnknownName(field or self.field, name, ", ".join([*self, also] if also else self))
@@ -86,7 +86,7 @@ def check_options(field: str, function: Callable[..., Any], options: Any, argume
 
 
 def load(names: Sequence[str]) -> None:
-    """Import plug-ins, which add their entries to the dicts of moco. One that is loaded is not imported again.
+    """Import plug-ins, which add their entries to the dicts of moco. A loaded plug-in is skipped.
 
     Raises:
         ConfigError: if a name is not that of a module, or if the module cannot be found or imported.

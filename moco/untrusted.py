@@ -14,12 +14,12 @@ from typing import Any
 import yaml
 
 DEPTH = 50  # levels of nested dicts and lists
-_VALUES = 1_000_000  # in one file; a checkpoint of a ResNet-50 has about 2,000
+_VALUES = 1_000_000  # largest number of values in one file; a checkpoint of a ResNet-50 has about 2,000
 _YAML_BYTES = 1_000_000  # a config.yaml has about 3,000
 
 
 def refuse_special_file(path: Path) -> int:
-    """Return the size of a regular file in bytes; refuse pipes, devices, and what cannot fit into memory."""
+    """Return the size of a regular file in bytes; refuse pipes, devices, and files larger than the memory."""
     about = path.stat()
     if not stat.S_ISREG(about.st_mode):
         kind = "a directory" if stat.S_ISDIR(about.st_mode) else "a pipe, socket or device"

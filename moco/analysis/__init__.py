@@ -1,7 +1,7 @@
-"""Measures of contrastive representations, pure functions of tensors. `doctor` checks their recorded values.
+"""Measures of contrastive representations, pure functions of tensors. `doctor` checks recorded measures of a run.
 
 A measure is computed on the device of its input. The spectra, `tolerance` and `explain_temperature` make the host wait
-for the device; the others do not, so a training loop can compute them every few steps.
+for the device. The other measures do not, so a training loop can compute these every few steps.
 """
 
 from moco.analysis.geometry import alignment, tolerance, uniformity

@@ -33,7 +33,7 @@ def similarity_histogram(similarity: Tensor, bins: int = 100, weights: Tensor | 
     if weights is not None and weights.shape != similarity.shape:
         raise ValueError(f"weights {tuple(weights.shape)} must have the similarity's shape {tuple(similarity.shape)}")
     dtype = torch.int64 if weights is None else torch.float64
-    counts = torch.zeros(bins + 1, dtype=dtype, device=similarity.device)  # the last one counts -inf
+    counts = torch.zeros(bins + 1, dtype=dtype, device=similarity.device)  # the additional one counts -inf and nan
     parts = similarity.flatten().split(ENTRIES_AT_ONCE)
     weighted = [None] * len(parts) if weights is None else weights.flatten().split(ENTRIES_AT_ONCE)
     for part, weight in zip(parts, weighted, strict=True):

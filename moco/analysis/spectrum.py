@@ -28,8 +28,8 @@ def rank_me(features: Tensor, epsilon: float = EPSILON) -> Tensor:
 
     Garrido et al. (2023), Eq. 1: exp(-sum over k of p_k log p_k), p_k = sigma_k / |sigma|_1 + epsilon, epsilon above 0.
     The paper uses 25,600 samples of raw embeddings, neither centered nor normalized, and compares runs of one method
-    only. The result has shape (): 1 if all features are on one line or zero (epsilon adds about 2e-6 R), R if they vary
-    equally in all directions.
+    only. The result has shape (). It is 1 if all features are zero or lie on one line through the origin (epsilon adds
+    about 2e-6 R), and R if the features vary equally in all directions.
     """
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"features {tuple(features.shape)} must be (M, C) with M at least 1")
@@ -95,8 +95,8 @@ def power_law_exponent(spectrum: Tensor, first: int = FIRST_RANK, last: int = LA
 def feature_std(features: Tensor) -> Tensor:
     """Compute the standard deviation (with divisor M) of each dimension of the normalized features (M, C): (C,).
 
-    Chen & He (2021), Sec. 4.1, Fig. 2: 0 is a collapse; a uniform distribution on the sphere has 1 / sqrt(C), which no
-    root mean square over the dimensions can exceed.
+    Chen & He (2021), Sec. 4.1, Fig. 2: 0 is a collapse; a uniform distribution on the sphere has 1 / sqrt(C). The root
+    mean square of the result over the dimensions never exceeds 1 / sqrt(C).
     """
     _require_two(features)
     return unit_length(features).std(dim=0, correction=0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from moco.config.base import REPOSITORY, bounded, require
 from moco.config.subject import SubjectConfig, check_subject
 
+# The endings of a file that each format accepts.
 ENDINGS: dict[str, tuple[str, ...]] = {
     "torchvision": (".pth", ".pt"),
     "timm": (".safetensors", ".pth"),

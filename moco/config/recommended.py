@@ -13,10 +13,10 @@ BUDGET = 40_000  # epochs times images: about ten minutes on a laptop
 def momentum_for(steps: int) -> float:
     """Return a momentum with which the momentum encoder leaves its initial weights behind within a run.
 
-    After N steps at momentum m, the share m**N of the initial weights is left. The returned m makes it `INITIAL_SHARE`,
-    but is rounded to three decimals and stays in 0.99 ... 0.999. (In the ablation of He et al., 2020, Sec. 4.1, the
-    accuracy is highest at 0.999, and good from 0.99 to 0.9999.) So m is 0.99 up to 723 steps, and 0.999 from 4,602
-    steps.
+    After N steps at momentum m, the share m**N of the initial weights is left. With the returned m, this share is
+    `INITIAL_SHARE`, except that m is rounded to three decimals and limited to 0.99 ... 0.999. (In the ablation of He et
+    al., 2020, Sec. 4.1, the accuracy is highest at 0.999, and good from 0.99 to 0.9999.) So m is 0.99 up to 723 steps,
+    and 0.999 from 4,602 steps.
     """
     momentum: float = INITIAL_SHARE ** (1 / max(1, steps))
     return min(0.999, max(0.99, round(momentum, 3)))
@@ -28,13 +28,13 @@ def queue_for(images: int, keys_per_step: int) -> int:
 
 
 def batch_for(most: float, parts: int, group: int) -> tuple[int, str]:
-    """Return the largest batch size up to `most` that the checks accept, and the fields that set it; 0 without one.
+    """Return the largest valid batch size up to `most`, and the fields that set it; 0 and "" if there is none.
 
     Args:
         most: the upper limit, in images.
         parts: processes times accumulate.
-        group: model.bn_group_size with model.bn=grouped, else 1. It is lowered if fewer than two groups fit, because
-            keys of a single group cannot be shuffled.
+        group: model.bn_group_size with model.bn=grouped, else 1. A smaller group is used if fewer than two groups fit,
+            because keys of a single group cannot be shuffled.
     """
     fitting = group
     while fitting > 2 and 2 * parts * fitting > most:
@@ -71,7 +71,7 @@ def crop_advice(size_field: str, size: int, resize_field: str, resize: int) -> s
 
 
 def recipe_for(images: int, budget: int = BUDGET) -> dict[str, Any]:
-    """Return the overrides of a run on a data set of some size; {} if it has fewer than `SMALL_BATCH` images.
+    """Return the overrides of a run on a data set; {} if the data set has fewer than `SMALL_BATCH` images.
 
     Args:
         images: number of training images.

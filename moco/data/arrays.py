@@ -1,4 +1,4 @@
-"""Images in memory, and the data sets that are small enough to be there: digits, CIFAR, STL-10.
+"""Images in memory, and the data sets that are small enough to be held in memory: digits, CIFAR, STL-10.
 
 Legend: N images.
 """
@@ -35,7 +35,7 @@ class ArraySource:
     names: Sequence[str]
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
-    unreadable: Mapping[int, ImageError] = field(default_factory=dict)  # by row; the image is black
+    unreadable: Mapping[int, ImageError] = field(default_factory=dict)  # by row; such an image is black in `images`
     ignored: Mapping[str, int] = field(default_factory=dict)  # files that are not images, see `Source.left_out`
     pixel_format: PixelFormat = RGB
     multi_labels: NDArray[np.bool_] | None = None  # see `Source`
@@ -86,14 +86,14 @@ class ArraySource:
 
 
 def open_digits(config: DataConfig) -> Sources:
-    """Open 1,797 real 8x8 scans of handwritten digits at 16x16: 50 per class held out, the other 1,297 to train on."""
+    """Open 1,797 scans of handwritten digits, 8x8 enlarged to 16x16: 1,297 for training, 50 per class held out."""
     from sklearn.datasets import load_digits  # imported here: it takes 2 s
 
     bunch = load_digits()
     targets: NDArray[np.int64] = bunch.target.astype(np.int64)  # (N,)
     scans = torch.from_numpy(bunch.images).float().unsqueeze(1)  # (N, 1, 8, 8), 0 ... 16
-    # Bilinear, because bicubic overshoots 0 ... 16. Its weights are multiples of 1/16 and the factor 255 comes last:
-    # all values are exact in float32, so the images are the same on every machine.
+    # Bicubic interpolation would overshoot 0 ... 16. The weights of bilinear interpolation are multiples of 1/16, and
+    # the factor 255 comes last. So all values are exact in float32, and the images are the same on every machine.
     scans = torch.nn.functional.interpolate(scans, size=(16, 16), mode="bilinear")  # (N, 1, 16, 16)
     images = (scans * 255 / 16).round().to(torch.uint8).repeat(1, 3, 1, 1)  # (N, 3, 16, 16)
     order = permutation(SPLIT_SEED, 0, len(targets), SPLIT)
@@ -117,7 +117,7 @@ def open_cifar(name: str, config: DataConfig) -> Sources:
 
 
 def open_stl10(config: DataConfig) -> Sources:
-    """Open STL-10 at 96x96: 100,000 unlabeled images to train on, 5,000 labeled as bank, 8,000 held out."""
+    """Open STL-10 at 96x96: 100,000 unlabeled training images, 5,000 labeled images as bank, 8,000 held-out images."""
 
     def split(name: str) -> ArraySource:
         data = _open_torchvision(datasets.STL10, config, split=name)
@@ -131,7 +131,7 @@ def open_stl10(config: DataConfig) -> Sources:
 
 
 def _open_torchvision(dataset: Any, config: DataConfig, **split: Any) -> Any:
-    """Open torchvision's data set; its own errors name neither the folder nor the field to change."""
+    """Open a data set of torchvision; raise errors that name its folder and the field to change."""
     folder = os.path.abspath(os.path.expanduser(config.root))
     where = f"data.root={config.root} ({folder})"
     try:

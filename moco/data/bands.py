@@ -244,7 +244,7 @@ def _channels_first(array: NDArray[Any], channels: int) -> NDArray[Any]:
 
 
 def _of_type(array: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Return an array in the type of the data set, contiguous and writable; refuse one that this type cannot hold."""
+    """Return an array in the type of the data set, contiguous and writable; refuse arrays of unsuitable types."""
     fits = array.dtype.kind in "uif" if dtype == "float32" else array.dtype.newbyteorder("=") == np.dtype(dtype)
     if not fits:
         fixes = [each for each in ("uint8", "uint16") if array.dtype.newbyteorder("=") == np.dtype(each)]
@@ -254,7 +254,7 @@ def _of_type(array: NDArray[Any], dtype: str) -> NDArray[Any]:
 
 
 def _converted(array: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Return a contiguous and writable copy in another type; refuse numbers that are not finite in it."""
+    """Return a contiguous and writable copy in another type; refuse numbers that are not finite in that type."""
     with np.errstate(over="ignore"):  # the next check reports it
         converted = np.array(array, dtype, order="C")
     if dtype == "float32" and not np.isfinite(converted).all():

@@ -60,17 +60,17 @@ class Source(Protocol):
 
     @property
     def draws(self) -> tuple[tuple[int, int], ...]:
-        """For each part of the source, its number of images and how many an epoch draws; (): each image once."""
+        """The number of images of each part of the source, and how many of them an epoch draws; (): each image once."""
         return ()
 
     @property
     def unreadable(self) -> Mapping[int, ImageError]:
-        """The error of each image, by index, that could not be decoded into memory and is black in `images`."""
+        """The errors, by index, of the images that could not be decoded into memory; they are black in `images`."""
         return {}
 
     @property
     def stream(self) -> Callable[..., Any] | None:
-        """The function that makes the loader of a source that can only be read from start to end; else None."""
+        """The function that makes the loader of a source that can only be read from start to end; None for others."""
         return None
 
     @abstractmethod
@@ -103,8 +103,8 @@ class Source(Protocol):
     def content_fingerprints(self) -> NDArray[np.int64]:
         """Return a number per image, (N,): equal for images with the same content, usually different for others.
 
-        A source of files must not read them for this. An image without content has a number of its own, -1 - i. If a
-        source gives such numbers to all images, as this default does, copies are not found.
+        A source of files must not read the files for this. The number of an image without content is -1 - i, which no
+        other image has. If a source gives such numbers to all images, as this default does, copies are not found.
         """
         return -1 - np.arange(len(self))
 
@@ -137,7 +137,7 @@ class Sources:
     train: Source
     bank: Source | None = None  # references with one class each, for kNN and linear probes
     held_out: Source | None = None  # labeled, disjoint from train and bank: accuracy is measured here
-    unused_splits: Mapping[str, int] = field(default_factory=dict)  # of a label file: number of files, by name
+    unused_splits: Mapping[str, int] = field(default_factory=dict)  # splits of a label file: number of files by name
 
     def changed(self, change: Callable[[Source], Source]) -> "Sources":
         """Return the data set after `change` of each split; a source that serves as two splits is changed once."""
@@ -152,7 +152,7 @@ def labeled(train: Source, held_out: Source | None = None, where: str = "") -> S
 
     If `where` is given, the labels of the held-out images become indices into the classes of training, and errors name
     the held-out split by `where`. Otherwise the labels must be such indices already.
-    If images have several labels, both splits get the classes of both, and there is no bank.
+    If images have several labels, each split gets the classes of the two splits together, and there is no bank.
     """
     pair: tuple[Any, Any] = train, held_out  # Any, because `replace` takes only dataclasses
     if held_out is not None and held_out.multi_labels is not None and train.multi_labels is not None:

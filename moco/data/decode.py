@@ -90,12 +90,13 @@ class ImageError(ValueError):
 def decode(path: str | Path, pixel_format: PixelFormat = RGB) -> Tensor:
     """Read an image file in any of `IMAGE_FORMATS`, NPY or NPZ, upright (EXIF orientation applied).
 
-    Of several frames the first one is read, of the pages of a TIFF the largest one. In a data set of
-    other images than 8-bit gray or RGB, pages of equal size are the bands of one image.
+    If a file has several frames, the first one is read. If a TIFF has several pages, the largest one is read; but in a
+    data set of other images than 8-bit gray or RGB, pages of equal size are the bands of one image.
 
     JPEGs are decoded by torchvision: it takes a quarter less time than PIL and returns the same pixels, also for gray,
-    CMYK and Adobe-inverted files (measured; both treat every CMYK JPEG as inverted, as all common programs write them).
-    PIL decodes the rest. The file's content decides, not its ending: ImageNet contains a PNG that is named .JPEG.
+    CMYK and Adobe-inverted files (measured; both libraries treat every CMYK JPEG as inverted, as all common programs
+    write them). PIL decodes the rest. The file's content decides, not its ending: ImageNet contains a PNG that is named
+    .JPEG.
 
     Args:
         path: the file.
@@ -103,8 +104,8 @@ def decode(path: str | Path, pixel_format: PixelFormat = RGB) -> Tensor:
 
     Returns:
         Shape (C, H, W), of the format's type; three channels of uint8 are red, green and blue. Except for NPY and NPZ,
-        these are in channels-last memory format, as decoders write them: this makes resizing a crop up to four times
-        faster, with the same bits.
+        such RGB images are in channels-last memory format, as decoders write them: with this format, resizing a crop is
+        up to four times faster and gives the same bits.
 
     Raises:
         ImageError: if the file cannot be read, or is empty, truncated, damaged, too large, unsupported, or no image.

@@ -1,4 +1,4 @@
-"""Images with the same content under several names, so that a split can keep copies on one side.
+"""Find images with the same content under several names. A split can then keep all copies on one side.
 
 Content means the bytes of a file, or the pixels of an image in memory. Cheap fingerprints are compared first (the size
 of a file, the checksum in a shard): only images with equal fingerprints are read.
@@ -53,9 +53,9 @@ def split_groups(source: Source, progress: Progress | None = None) -> Rows:
 
 
 def copies_in(train: Source, held_out: Source, progress: Progress | None = None) -> Rows:
-    """Return the held-out images whose content is that of a training image. Collective, as `content_groups`."""
+    """Return the rows of held-out images whose content is that of a training image. Collective, as `content_groups`."""
     first, second = train.content_fingerprints(), held_out.content_fingerprints()
-    shared = np.intersect1d(first, second)  # copies within one side are not searched
+    shared = np.intersect1d(first, second)  # copies within one of the two splits are not searched
     fingerprints = np.concatenate([first, second])
     alone = ~np.isin(fingerprints, shared)
     fingerprints[alone] = -1 - np.flatnonzero(alone)

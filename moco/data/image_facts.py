@@ -19,7 +19,7 @@ from moco.data.headers import Page, has_deep_color, largest_page, open_image, or
 from moco.data.pixel_format import RGB, PixelFormat, to_float
 from moco.data.video import VideoSource
 
-TINY, LONG, HUGE = 8, 10, 50_000_000  # pixels of a side, ratio of the sides, pixels of an image
+TINY, LONG, HUGE = 8, 10, 50_000_000  # limits: pixels of a side, ratio of the sides, pixels of an image
 
 # Unusual properties that do not end a run, and how such an image is handled.
 ODDITIES = {
@@ -55,7 +55,7 @@ class Moments(NamedTuple):
     squares: NDArray[np.float64]
 
     def joined(self, other: "Moments") -> "Moments":
-        """Return the moments of both sets of pixels (Chan et al., 1979)."""
+        """Return the moments of the two sets of pixels taken together (Chan et al., 1979)."""
         count, difference = self.pixels + other.pixels, other.mean - self.mean
         mean = self.mean + difference * (other.pixels / count)
         return Moments(count, mean, self.squares + other.squares + difference**2 * (self.pixels * other.pixels / count))
@@ -71,7 +71,7 @@ class Moments(NamedTuple):
 class ImageFacts:
     """The properties of one image; an unreadable one has only `fault` and `reason`."""
 
-    length: int = 0  # bytes of the file; the first frame of a video has all of its bytes, the others 0
+    length: int = 0  # bytes of the file; for a video, its first frame has the bytes of the file, the others 0
     digest: bytes = b""  # 16 bytes of BLAKE2b of the content
     size: tuple[int, int] = (0, 0)  # width and height, upright
     format: str = ""  # for example "JPEG RGB"

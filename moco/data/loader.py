@@ -31,7 +31,7 @@ from moco.runtime.device import float64_device
 class Batch:
     """This rank's share of one global batch."""
 
-    index: Tensor  # (n,), index of the image in each row (its substitute's if replaced); for a stream `Sample.identity`
+    index: Tensor  # (n,), index of the image in each row, or of its substitute; for a stream `Sample.identity`
     views: list[Tensor]  # V of (n, C, S, S), float32, normalized
     places: Tensor | None = None  # (V, n, 3, 3), float64, see `moco.data.places`; None unless asked for
 
@@ -54,8 +54,8 @@ def batches(
             augmentation and holds `places`.
         workers: number of loader processes; 0 decodes in this process; None: see `count_processes`.
         on_unreadable: called with unreadable images, which are replaced by substitutes (`moco.data.unreadable`). The
-            views of a substitute use the random numbers of the original sample, so they differ from the views that the
-            same image has as a sample. None: an unreadable image ends the run.
+            views of a substitute use the random numbers of the unreadable image. So they differ from the views of the
+            same image at its own position in the epoch. None: an unreadable image ends the run.
         places: also return the place of each view in its image.
 
     Raises:
@@ -76,7 +76,8 @@ def _tensors(batch: Batch) -> list[Tensor]:
     return [batch.index, *batch.views, *([] if batch.places is None else [batch.places])]
 
 
-# epoch, samples of the plan (n,), images that are used (n,), V of (n, C, S, S) on the device, heights and widths (n, 2)
+# The epoch, the indices of the plan (n,), the indices of the images used, with those of substitutes (n,), the crops of
+# each view on the device, V of (n, C, S, S), and the heights and widths of the images (n, 2).
 CroppedBatch = tuple[int, NDArray[np.int64], NDArray[np.int64], list[Tensor], NDArray[np.int64]]
 
 
@@ -156,9 +157,9 @@ class CropDataset:
             return error  # raised here, it would reach the user as the worker's traceback
 
     def crop_views(self, epoch: int, index: NDArray[np.int64], images: Iterable[Tensor]) -> list[Tensor]:
-        """Crop all views of the images: V of (n, C, S, S), and then the images' heights and widths, (n, 2).
+        """Return the crops of each view, V of (n, C, S, S), and as the last tensor the images' sizes, (n, 2).
 
-        `index` (n,) identifies the random numbers of the boxes.
+        A size is height and width. The random numbers of the crops depend on `epoch` and on `index`, (n,).
         """
         return self._crop(self._draw(epoch, index), (Decoded.full(image) for image in images))
 

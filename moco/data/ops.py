@@ -2,13 +2,13 @@
 
 Except for `channel_brightness_` and `channel_contrast_`, each equals its counterpart in
 torchvision.transforms.v2.functional on float images to 1e-5. On uint8 images torchvision truncates the result of each
-operation to integers; if ours is truncated as well, they differ by at most one level. For contrast and saturation this
-holds for factors up to 2, because torchvision truncates the gray image too.
+operation to integers; if the result here is truncated as well, the two results differ by at most one level. For
+contrast and saturation this holds for factors up to 2, because torchvision truncates the gray image too.
 
-All operations round once per number (multiply, add, minimum, floor, ...) or are exact sums, so a sample's result has
-the same bits in any batch, with any number of threads, however the work is divided among them. This excludes
-`lerp`, `addcmul` and `add(alpha=)`, which are fused in the vector loop but not in its tail; plain float `mean`, whose
-order depends on the threads; and matrix products, whose order depends on the batch.
+The result for a sample has the same bits in any batch and with any number of threads. Therefore this module uses only
+exact sums, and operations that round each number once (multiply, add, minimum, floor, ...). It does not use `lerp`,
+`addcmul` and `add(alpha=)`, which torch fuses in the vector loop but not in the rest of the loop; plain float `mean`,
+whose order depends on the threads; and matrix products, whose order depends on the batch.
 
 Legend: n samples, C channels, S x S pixels, values in 0 ... 1; a trailing underscore means in place. Operations on
 (n, 3, S, S) need red, green and blue.
@@ -120,8 +120,8 @@ def solarize(x: Tensor, threshold: float) -> Tensor:
 def affine(x: Tensor, theta: Tensor) -> Tensor:
     """Apply a bilinear affine map; pixels from outside the image are 0.
 
-    Equal to torchvision's `affine(fill=None)`. Its `fill=0` multiplies by the coverage a second time, which darkens
-    pixels that lie half outside; on a black border the two agree.
+    Equal to torchvision's `affine(fill=None)`. With `fill=0`, torchvision multiplies by the coverage a second time,
+    which darkens pixels that lie half outside. If the border of the image is black, both values of `fill` agree.
 
     Args:
         x: shape (n, C, S, S); it is not changed.

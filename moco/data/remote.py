@@ -1,10 +1,11 @@
 """A stream of tar shards that cannot be read at random: from a web server, a bucket, or a pipe.
 
-It differs from every other source:
+The stream differs from every other source:
 
-- An epoch is `length` images. Which ones are in it depends on the order of the shards and the number of workers.
+- An epoch is `length` images. Its images depend on the order of the shards and on the number of workers.
 - In each pass the shards are distributed anew over the workers of all ranks, and each worker shuffles its images in a
-  buffer. With the same number of ranks and workers the stream is reproducible; with other numbers it is different.
+  buffer. With the same numbers of ranks and workers, the order of the images is reproducible; with other numbers, the
+  order is different.
 - A resumed run starts a new pass over the shards, in an order of its own. Some images of the interrupted epoch repeat,
   others are delayed to the next epoch. The random numbers of the views remain a function of (seed, epoch, position in
   the epoch, view).
@@ -163,7 +164,7 @@ class Sample(NamedTuple):
 
 
 class _Stream(IterableDataset[Any]):
-    """One rank's batches. Worker w of V makes those of every V-th step; V = 1 without worker processes."""
+    """One rank's batches. Each of V workers makes the batches of every V-th step; without workers, V is 1."""
 
     def __init__(self, source: RemoteSource, crop: CropFunction, plan: Plan, steps: range, replace: bool) -> None:
         self.source, self.crop, self.plan, self.steps, self.replace = source, crop, plan, steps, replace
@@ -172,7 +173,7 @@ class _Stream(IterableDataset[Any]):
         plan, info = self.plan, get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         slot, slots = plan.rank * workers + worker, plan.processes * workers
-        buffer = max(1, min(self.source.buffer, len(self.source) // slots))  # a larger one could hold an image twice
+        buffer = max(1, min(self.source.buffer, len(self.source) // slots))  # a larger buffer could hold an image twice
         start = self.steps.start
         endings = self.source.pixel_format.endings
         ordered = endless(self.source.addresses, plan.seed, start, slot, slots, endings)
@@ -192,7 +193,7 @@ class _Stream(IterableDataset[Any]):
     def _images(
         self, samples: Iterator[Sample], identities: NDArray[np.int64], unreadable: dict[int, str]
     ) -> Iterator[Tensor]:
-        """Yield the next n readable images and write their `identities`, (n,); add the others to `unreadable`."""
+        """Yield the next n readable images and write their `identities`, (n,); add unreadable ones to `unreadable`."""
         row = 0
         while row < len(identities):
             sample = next(samples)
@@ -211,10 +212,10 @@ class _Stream(IterableDataset[Any]):
 def endless(
     addresses: tuple[str, ...], seed: int, start: int, slot: int, slots: int, endings: tuple[str, ...] = IMAGE_ENDINGS
 ) -> Iterator[Sample]:
-    """Yield the images of worker `slot` of `slots` over all ranks, pass after pass; in each, a shard has one worker.
+    """Yield the images of worker `slot` of the `slots` workers of all ranks, pass after pass.
 
-    A worker whose shards of a pass contain no image reads the next shard that contains one. A RunWarning reports the
-    first shard with files that are skipped.
+    In each pass, each shard belongs to one worker. A worker whose shards of a pass contain no image reads the next
+    shard that contains one. A RunWarning reports the first shard with files that are skipped.
 
     Raises:
         StreamError: if a shard cannot be read, or no shard contains an image.

@@ -1,7 +1,7 @@
 """Every kind of data set by name, and the function that opens one.
 
 To add a kind: write a module with a source (`moco.data.base.Source`) and a function that opens it, and add a line to
-`SOURCES`. Its options are fields of `moco.config.data.DataConfig`, which only that function reads.
+`SOURCES`. The options of the kind are fields of `moco.config.data.DataConfig`, which only that function reads.
 
 Legend: N images.
 """
@@ -128,7 +128,7 @@ def _checked(config: DataConfig, source: Source) -> Source:
 
 
 def refuse_output_inside(config: DataConfig, field: str, output: str | Path, of_root: str = "data.root") -> None:
-    """Refuse an output directory in a folder that is searched for images: its images would become part of the data.
+    """Refuse an output directory in a folder that is searched for images: images in it would become part of the data.
 
     Args:
         config: the data set.

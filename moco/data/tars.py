@@ -30,6 +30,7 @@ _EXTENDED = (
     tarfile.GNUTYPE_LONGLINK,
 )
 _PART = 64  # images of one sample in memory at once: if names contain dots, a complete shard can look like one sample
+# The names of WebDataset's own files, and how to open a stream, by its first bytes.
 _OWN = re.compile(r"__[^/]*__(/|$)")
 _OPENERS: dict[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 
@@ -58,8 +59,8 @@ def images_of(
     """Yield name and content of each image, in the archive's order.
 
     A WebDataset sample is a sequence of files with the same name up to the first dot. If one of its images has just
-    that name and an ending, only this image is used; others, such as a mask, are skipped. If there is none, the dots
-    are part of the names (IMG_2020.01.02.jpg), and each file is an image of its own.
+    that name and an ending, only this image is used; others, such as a mask, are skipped. If no image has such a name,
+    the dots are part of the names (IMG_2020.01.02.jpg), and each image file is an image of its own.
 
     Args:
         stream: a file, pipe or connection with the archive, uncompressed or compressed by gzip, bzip2 or xz; it is

@@ -2,8 +2,9 @@
 
     Kornblith, Shlens & Le, "Do better ImageNet models transfer better?", CVPR 2019, table 1
 
-Two of them differ from the paper, because torchvision's copies do: Caltech-101 has no background class, and SUN397 is
-split here, always in the same way, into 50 training and 50 test images per class.
+Two data sets differ from those of the paper, because torchvision's copies of them differ: Caltech-101 has no background
+class, and SUN397 has no splits. SUN397 is split here, always in the same way, into 50 training and 50 test images per
+class.
 """
 
 import os
@@ -59,9 +60,10 @@ def _caltech_files(found: Any) -> tuple[list[str], list[int]]:
 
 
 def _voc_files(found: Any) -> tuple[list[str], list[Labels]]:
-    """Return paths, and labels (20,): 1 has the class, 0 has not, -1 has difficult objects of it only.
+    """Return the paths of the images, and the labels (20,) of each image.
 
-    The challenge's own files use -1 and 0 the other way round.
+    A label is 1 if the image has the class, 0 if it does not, and -1 if all its objects of the class are difficult. In
+    the challenge's own files, -1 and 0 have the opposite meanings.
     """
 
     def labels(annotation: str) -> Labels:
@@ -134,7 +136,7 @@ def download(name: str, root: str) -> None:
 
 
 def open_splits(name: str, root: str) -> list[tuple[FolderSource, Labels]]:
-    """Return each split's images and labels: (N,), or (N, L) of VOC with 1, 0 and -1 for difficult.
+    """Return the images and the labels of each split: classes (N,), or for VOC (N, L) with the labels of `_voc_files`.
 
     CIFAR, whose images are not in files, is opened by `moco.data.arrays`.
 
@@ -151,7 +153,7 @@ def open_splits(name: str, root: str) -> list[tuple[FolderSource, Labels]]:
 
 
 def missing_message(name: str, root: str, there: bool = False) -> str:
-    """Return the sentence about a data set that is not in its folder, or incomplete there."""
+    """Return the message for a data set that is not in its folder; with `there`, for one that is incomplete there."""
     known, place = SETS[name], Path(_absolute(root), SETS[name].folder)
     state = f"is incomplete or damaged in {place}" if there else f"was not found in root={root} ({place})"
     fix = f"remove {place}, then set download=true" if there else f"set download=true ({known.megabytes:,} MB)"

@@ -58,12 +58,12 @@ class Detection:
     """What all encoders and seeds share: the configuration, the encoder files and the images."""
 
     config: DetectConfig
-    own: EncoderFile  # that of run or checkpoint
-    files: dict[str, EncoderFile]  # by the entries of `encoders`
+    own: EncoderFile  # the encoder that the field run or checkpoint names
+    files: dict[str, EncoderFile]  # the file of each entry of the field `encoders`
     output: Path
     train: BoxedImages
     held_out: BoxedImages
-    shared: int  # held-out images that are training images, too
+    shared: int  # number of held-out images that are training images, too
     supervision: Supervision
 
     def plan(self, seed: int) -> Plan:
@@ -88,19 +88,19 @@ class Detected:
     saved: Path
 
     def mean(self, figure: str) -> tuple[float, float | None]:
-        """Return the mean over seeds, and half of Student's 95 % interval if there are several."""
+        """Return the mean over seeds, and half of Student's 95 % interval, which is None for a single seed."""
         return mean_interval([each.figures[figure] for each in self.results])
 
 
 def evaluate_detect(config: DetectConfig, preemption: PreemptionHandler | None = None) -> list[Detected]:
     """Train and evaluate a detector on each configured encoder with each seed; the same result on every rank.
 
-    If `preemption` is None, this function catches the signals itself.
+    If `preemption` is None, this function itself catches the signals that stop a run.
 
     Raises:
         ConfigError, ImageError, FileNotFoundError, ValueError: for an unsuitable encoder or data set.
         NonFiniteLoss: if the training diverges.
-        Preempted: if a signal or `config.stop_after` stopped it before its end.
+        Preempted: if a signal or `config.stop_after` stopped the training before its end.
     """
     with supervised(config, preemption) as supervision, many_shapes():
         run = _set_up(config, supervision)
@@ -206,7 +206,7 @@ def _optimizer(config: DetectConfig, network: nn.Module) -> Optimizer:
 
 
 def _identity(run: Detection, name: str, seed: int) -> dict[str, Any]:
-    """Return all that the training of one encoder and seed depends on, to recognize its saved state."""
+    """Return all that the training of one encoder and seed depends on, for comparison with a saved state."""
     settings = _settings(run.config)
     for each in ("seeds", "encoders", "eval_size", "precise_bn"):
         del settings[each]

@@ -22,7 +22,7 @@ from moco.data.walk import IMAGE_FORMATS
 from moco.data.workers import in_order
 from moco.runtime.console import progress_bar
 
-WORKERS = "boxes.workers"  # the field, for errors
+WORKERS = "boxes.workers"  # the field for the number of loader processes, named in errors
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +33,11 @@ class BoxedImage:
         path: The file.
         width: W, as the annotations state it.
         height: H.
-        boxes: left, top, right and bottom in pixels, (n, 4).
+        boxes: Left, top, right and bottom in pixels, (n, 4).
         labels: The class of each box, from 1; (n,). 0 is the background.
         ignored: Whether a detection of the object counts neither as right nor as wrong, (n,): COCO's crowds, VOC's
             difficult objects.
-        segmentations: For masks, each object's `segmentation` in COCO's format.
+        segmentations: Each object's `segmentation` in COCO's format; empty if masks are not needed.
         dropped: Number of boxes that `boxes.bad_boxes=drop` left out.
     """
 
@@ -101,7 +101,7 @@ class BoxedImages:
         return split_of([self.images[row] for row in rows], self.classes)
 
     def with_boxes(self) -> "BoxedImages":
-        """Return the images that have a box, without ignored objects: those to train on."""
+        """Return the images to train on: remove ignored objects, and then the images without a box."""
         images = (each.without_ignored() for each in self.images)
         return replace(self, images=tuple(each for each in images if len(each.boxes)))
 
@@ -117,7 +117,7 @@ def split_of(images: Sequence[BoxedImage], classes: Sequence[str]) -> BoxedImage
 
 
 def coco_masks() -> Any:
-    """Return pycocotools' functions for masks; raise ConfigError if it is not installed."""
+    """Return pycocotools' functions for masks; raise ConfigError if pycocotools is not installed."""
     return optional_module("pycocotools.mask", "moco.detect", "detect")
 
 
@@ -148,6 +148,8 @@ def check_images(images: BoxedImages, workers: int | None, heartbeat: Callable[[
 
 @dataclass(frozen=True)
 class _Checked:
+    """Checks an image in a loader process, and returns the error; None for an image without errors."""
+
     images: BoxedImages
 
     def __call__(self, row: int) -> ImageError | None:

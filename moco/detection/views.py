@@ -18,7 +18,7 @@ from moco.data.decode import ImageError
 from moco.data.keyed import BOX_SAMPLES, keyed_uniform
 from moco.detection.images import BoxedImage, BoxedImages
 
-DRAWS = 2  # size, flip
+DRAWS = 2  # random numbers for a training image: size, flip
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class ViewSettings:
     """How images are prepared; sizes in pixels."""
 
     sizes: Sequence[int]  # shorter sides for training
-    eval_size: int  # for evaluation
-    max_size: int  # of the longer side
+    eval_size: int  # shorter side for evaluation
+    max_size: int  # limit of the longer side
     flip_p: float
     mean: Sequence[float]
     std: Sequence[float]
-    masks: bool
+    masks: bool  # whether training needs the masks of the objects
 
 
 class Example(NamedTuple):
@@ -39,7 +39,7 @@ class Example(NamedTuple):
 
     image: Tensor  # (3, H, W)
     target: dict[str, Tensor]  # boxes (n, 4), labels (n,) and perhaps masks (n, H, W), as torchvision takes them
-    keys: tuple[int, ...]  # for the random choice of boxes by each `KeyedSampler`
+    keys: tuple[int, ...]  # one for each `KeyedSampler`, which chooses boxes at random
 
 
 def resized(image: Tensor, short: int, settings: ViewSettings) -> Tensor:
@@ -64,7 +64,7 @@ def training_example(
         image: with at least one box.
         uniforms: `DRAWS` numbers in [0, 1).
         keys: see `Example`.
-        settings: how to prepare it.
+        settings: how to prepare the image.
 
     Raises:
         ImageError: if the file cannot be read.

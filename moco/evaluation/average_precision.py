@@ -18,8 +18,9 @@ class AveragePrecision:
     """Average precisions in percent of one classifier on one set of images.
 
     The average precision of a class is the sum over n of P(n) (R(n) - R(n - 1)), where P(n) and R(n) are precision and
-    recall of the images whose score of this class is at least the n-th highest distinct score. It is that of
-    scikit-learn. PASCAL VOC 2007 defines another one, which interpolates at eleven recalls, see `eleven_point`.
+    recall of the images whose score of this class is at least the n-th highest distinct score.
+    scikit-learn has the same definition. PASCAL VOC 2007 defines another average precision, which interpolates at
+    eleven recalls, see `eleven_point`.
     """
 
     per_class: list[float | None]  # None for a class without evaluated or without training images
@@ -67,7 +68,7 @@ def eleven_point(scores: NDArray[np.float64], labels: NDArray[np.bool_]) -> floa
 
     Args:
         scores: (M,), higher for images that more probably have the class; equal scores keep their order.
-        labels: (M,), which images have the class; at least one.
+        labels: (M,), which images have the class; at least one image has it.
     """
     right = np.cumsum(labels[np.argsort(-scores, kind="stable")])  # (M,)
     recall, precision = right / right[-1], right / np.arange(1, len(right) + 1)

@@ -1,8 +1,8 @@
 """The official linear probe: one linear layer on a frozen backbone, trained on augmented images.
 
-facebookresearch/moco and facebookresearch/moco-v3, main_lincls.py. Deviations: the accuracy is that of the last epoch
-(theirs is the best of all epochs on the held-out images), and an epoch consists of full batches: the last images of its
-order are left out if they do not fill one.
+Source: main_lincls.py of facebookresearch/moco and of facebookresearch/moco-v3. Deviations: the accuracy is that of the
+last epoch (in main_lincls.py it is the best of all epochs on the held-out images), and an epoch consists of full
+batches: the last images of its order are left out if they do not fill a batch.
 
 Legend: M training images, N images to classify, n images of a rank's batch, C channels, S image size, D features, L
 classes.
@@ -97,7 +97,7 @@ def train_head(
 
     Returns:
         Mean loss and top-1 accuracy (percent) of each epoch, on augmented images. With several labels per image the
-        accuracy is that of all decisions whether an image has a class.
+        accuracy is the share of correct decisions, with one decision for each image and class.
 
     Raises:
         BackboneChanged: if a weight or buffer of the backbone changed by a single bit.

@@ -15,8 +15,8 @@ from torch import Tensor
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 LARGEST_CONFUSION = 200  # classes; a larger matrix is not written to results.json
-BEST = 5  # classes per image
-NO_VOTE = -1
+BEST = 5  # number of ranked classes per image
+NO_VOTE = -1  # in place of a class without a vote, see `rank_classes`
 _AT_ONCE = 2**24  # scores in memory: 64 MiB of float32
 
 
@@ -75,7 +75,7 @@ def rank_classes(scores: Tensor, votes: bool = False) -> Tensor:
     """Return the five best classes of each image, or all if there are fewer: (M, min(5, L)), the best first.
 
     Args:
-        scores: (M, L); the first of equal scores counts.
+        scores: (M, L); of classes with equal scores, the first one is better.
         votes: the scores are votes of neighbors; `NO_VOTE` replaces each class without a vote except the best class.
     """
     classes = scores.shape[1]
@@ -110,8 +110,8 @@ def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def compute_metrics(ranked: Tensor, labels: NDArray[np.int64], classes: int) -> Metrics:
     """Compare the best classes of each image, (M, min(5, L)) of `rank_classes`, with the true classes (M,).
 
-    Time and memory are linear in the number of classes L. Not scikit-learn's top_k_accuracy_score, which prefers the
-    last of equal scores and has no option for votes.
+    Time and memory are linear in the number of classes L. scikit-learn's top_k_accuracy_score is not used: it prefers
+    the last of equal scores and has no option for votes.
     """
     predicted = ranked[:, 0].cpu().numpy()
     in_top5 = (ranked.cpu().numpy() == labels[:, None]).any(axis=1)

@@ -169,7 +169,7 @@ def choose(
     recipe: Recipe,
     progress: Progress = lambda *_: None,
 ) -> Choice:
-    """Train all heads on the training split without its validation part, and take the best on that part.
+    """Train all heads on the training split without its validation part, and take the best head on that part.
 
     Each rank trains its share of a layer's heads. Among equal results the first layer wins, then the smaller
     learning rate, then the larger weight decay. A head with non-finite weights counts as 0 %.
@@ -203,7 +203,7 @@ def choose(
                 scores[list(own_heads)] = _accuracies(heads, data, layer, held, scaling)
         settings = [Setting(layer, *pair) for pair in grid]
         tried += zip(settings, sum_over_ranks(scores).tolist(), strict=True)
-    best = max(tried, key=lambda each: each[1])  # the first of equal ones
+    best = max(tried, key=lambda each: each[1])  # the first of equal results
     return Choice(best[0], best[1], len(held), tried)
 
 

@@ -1,4 +1,7 @@
-"""The splits of a data set of `moco.transfer`: one of the literature, a folder, or that of the fields data.*."""
+"""The splits of a data set of `moco.transfer`.
+
+The data set is one of the literature, a folder of images, or the data set that the fields data.* describe.
+"""
 
 import difflib
 import hashlib
@@ -37,7 +40,9 @@ class Part:
     """Images and their labels."""
 
     source: Source
-    labels: Labels  # (M,); of images with several labels (M, L): 1 has the class, 0 has not, -1 is left out
+    # The class of each image, (M,). If images can have several classes, (M, L): 1 if the image has the class, 0 if it
+    # does not, -1 if the image is left out for this class.
+    labels: Labels
 
     def subset(self, rows: NDArray[np.int64]) -> "Part":
         """Return the given rows."""
@@ -106,7 +111,7 @@ def open_set(name: str, config: TransferConfig, subject: Subject) -> Splits:
     """Open a data set, an entry of `sets`. Collective.
 
     Raises:
-        ConfigError, FileNotFoundError, ValueError: if it does not exist, is incomplete, or cannot be evaluated.
+        ConfigError, FileNotFoundError, ValueError: if the data set is missing or incomplete, or cannot be evaluated.
     """
     if name == OF_FIELDS:
         found = _open_fields(config, subject)
@@ -228,7 +233,7 @@ def _open_fields(config: TransferConfig, subject: Subject) -> Splits:
 
 
 def _refuse_missing_classes(name: str, splits: Splits) -> None:
-    """Refuse a test split without an image of a class: its accuracy would be that of another task."""
+    """Refuse a test split that lacks images of a training class: the accuracy would be that of another task."""
     if splits.train.labels.ndim == 2:
         return
     lacking = np.setdiff1d(splits.train.labels, splits.test.labels)

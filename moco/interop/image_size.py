@@ -16,7 +16,7 @@ POSITIONS = "pos_embed"
 
 
 def fit_to_size(file: EncoderFile, size: int, field: str) -> EncoderFile:
-    """Return a file whose network computes features of images of `size` x `size`: the same file, if it does so already.
+    """Return a file whose network computes features of images of `size` x `size`: `file`, if it fits.
 
     A ViT for another size is built again with `img_size=size`, with position embeddings from `with_positions_of`.
 
@@ -46,8 +46,8 @@ def fit_to_size(file: EncoderFile, size: int, field: str) -> EncoderFile:
 def with_positions_of(backbone: nn.Module, name: str, weights: State) -> dict[str, Tensor]:
     """Return the weights of a ViT with as many position embeddings as a backbone needs.
 
-    MoCo v3's ViTs have fixed position embeddings: the backbone's own are used. timm interpolates learned ones. If this
-    is not possible, the weights are returned unchanged.
+    MoCo v3's ViTs have fixed position embeddings: the backbone's own are used. timm interpolates learned position
+    embeddings. If timm cannot interpolate them, the weights are returned unchanged.
 
     Args:
         name: the backbone's name, as in the configuration.

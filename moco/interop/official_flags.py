@@ -1,4 +1,4 @@
-"""The flags of the official main_moco.py and main_lincls.py, and the commands of moco that they stand for.
+"""The flags of the official main_moco.py and main_lincls.py, and the equivalent commands of moco.
 
 Flags and defaults are those of facebookresearch/moco at commit 7397dfe, except that --seed is 0 and --dist-url is empty
 by default, and --print-command and FIELD=VALUE are added. docs/howto/from_official.md explains them.
@@ -18,7 +18,7 @@ from moco.runtime.console import log, log_next
 
 
 def _parser(script: str, lr: float, epochs: int, schedule: list[int], weight_decay: float) -> argparse.ArgumentParser:
-    """Return a parser of the flags that both official scripts have; the arguments are what differs between them."""
+    """Return a parser of the flags that both official scripts have, with the name and the defaults of one script."""
     description = f"Takes the flags of the official {script}, prints the equivalent command of moco, and runs it."
     flags = argparse.ArgumentParser(script, None, description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flags.set_defaults(script=script)
@@ -60,7 +60,7 @@ class Launch:
 
     nodes: int
     per_node: int
-    words: list[str]  # of the command, up to `-m`
+    words: list[str]  # the words of the command before `-m`
 
 
 def _launch(flags: argparse.Namespace) -> Launch:
@@ -94,7 +94,7 @@ def _data(flags: argparse.Namespace) -> list[str]:
     root = Path(flags.data)
     if (root / "train").is_dir() and not (root / "val").is_dir():
         return ["data=folder", override("data.root", root / "train")]  # enough for pretraining
-    return ["data=imagenet", override("data.root", root)]  # its error names a missing folder
+    return ["data=imagenet", override("data.root", root)]  # the error of data=imagenet names a missing folder
 
 
 def _run(launched: Launch, module: str, overrides: list[str], flags: argparse.Namespace) -> int:
@@ -106,7 +106,7 @@ def _run(launched: Launch, module: str, overrides: list[str], flags: argparse.Na
         return 0
     start = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "torch.distributed.run"]
     sys.stdout.flush()
-    # A child process would not receive the signals sent to this one, and would continue to train after its end.
+    # A child process would not receive the signals sent to this process, and would still train after this one ended.
     os.execve(sys.executable, [*start, *words[1:]], os.environ | gpu)
 
 
@@ -133,8 +133,8 @@ def main_moco_overrides(flags: argparse.Namespace, launched: Launch) -> list[str
     if rest:
         raise ValueError(f"--batch-size {flags.batch_size} must be a multiple of the node's GPUs, {launched.per_node}")
     # A BN group has the images of one GPU. A single process uses groups of 32 instead, because the official recipe has
-    # 8 GPUs with 32 images each. So does a command that is printed on a machine without a GPU, for another machine with
-    # an unknown number of GPUs.
+    # 8 GPUs with 32 images each. A command that is printed on a machine without a GPU has groups of 32, too: it is for
+    # another machine, whose number of GPUs is unknown.
     alone = launched.per_node * launched.nodes == 1 or not torch.cuda.device_count()
     schedule = (
         ["optim=sgd_cosine"] if flags.cos else ["optim=sgd_step", f"optim.milestones={flags.schedule}".replace(" ", "")]
@@ -206,7 +206,10 @@ def main_lincls_overrides(flags: argparse.Namespace, launched: Launch) -> list[s
 
 
 def main(script: str, arguments: list[str]) -> int:
-    """Replace this process by the command for which the arguments of "main_moco" or "main_lincls" stand."""
+    """Replace this process by the command of moco that is equivalent to the script with these arguments.
+
+    `script` is "main_moco" or "main_lincls".
+    """
     parser, overrides, module = {
         "main_moco": (main_moco_parser(), main_moco_overrides, "moco.train"),
         "main_lincls": (main_lincls_parser(), main_lincls_overrides, "moco.linear"),

@@ -1,8 +1,8 @@
 """Write an encoder in formats of this and other projects: the backbone, and in official MoCo files also the head.
 
-Each format has a function that writes it and one that reads it again, without the writer's code: with torchvision,
-timm, torch.export or onnxruntime if these can read the file, otherwise with code of this project. So a conversion is
-checked before its file is kept.
+Each format has a function that writes a file, and a function that reads this file again without the writer's code. The
+reader uses torchvision, timm, torch.export or onnxruntime if one of these can read the file, otherwise code of this
+project. So a conversion is checked before its file is kept.
 """
 
 import math
@@ -29,7 +29,7 @@ from moco.interop.weights import save_weights
 
 _RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 _OFFICIAL_VITS = ("vit_small", "vit_base", "vit_conv_small", "vit_conv_base")
-# options without effect on the features that trained weights give
+# options that do not change the features of a network with trained weights
 _UNUSED = ("freeze_patches", "drop_path_rate", "zero_init_residual", *LOADING_OPTIONS)
 _DEIT_NAMES = re.compile(
     r"cls_token|pos_embed|(patch_embed\.proj|norm|blocks\.\d+\.(norm1|attn\.qkv|attn\.proj|norm2|mlp\.fc1|mlp\.fc2))"
@@ -57,7 +57,7 @@ class Format:
     read: Callable[[Path, EncoderFile], Read]
     load: str  # how to load FILE, whose network is NETWORK
     fixed_size: bool = False  # whether the file computes features of images of one size only
-    folder: bool = False  # whether it is a folder
+    folder: bool = False  # whether the output is a folder
     tolerance: float = 1e-5  # largest difference between features, as a fraction of the largest feature
 
     def fits(self, file: EncoderFile) -> bool:
@@ -70,7 +70,7 @@ class Format:
 
 
 def torchvision_name(file: EncoderFile) -> str | None:
-    """Return the name of the identical torchvision ResNet, or None. All of torchvision's take three channels."""
+    """Return the name of the identical torchvision ResNet, or None. All ResNets of torchvision take three channels."""
     return _resnet_name(file) if file.channels == 3 else None
 
 

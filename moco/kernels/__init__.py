@@ -2,10 +2,11 @@
 
 Each function also has a plain form, of torch's operations, which runs on a CPU and on a GPU without Triton. Tests
 compare both forms: they agree bit for bit or up to rounding (docs/gpu.md). Triton comes with torch's CUDA builds for
-Linux. It compiles a kernel when it is first used, for which it needs a C compiler, and keeps the result in a folder of
-its own.
+Linux. Triton compiles each kernel when the kernel is first used. For this, Triton needs a C compiler. It keeps compiled
+kernels in a folder of its own.
 
-`import moco.kernels` does not import Triton; its other modules do. Import them only where `fused` returns True.
+`import moco.kernels` does not import Triton; the other modules of this package do. Import those only where `fused`
+returns True.
 """
 
 import functools

@@ -48,7 +48,7 @@ def _resize(
     first = tl.load(firsts + length * SIZE + pixel, inside, 0)
     weights = taps + (length * SIZE + pixel) * TAPS
     start += (image * channels + channel) * source_plane + first * step
-    # From 0.5, because the conversion to uint8 truncates: so it rounds as ATen does.
+    # The sum starts from 0.5, because the conversion to uint8 truncates: so the result is rounded as in ATen.
     total = tl.full((BLOCK,), 0.5, taps.dtype.element_ty)
     for tap in range(TAPS):
         used = inside & (first + tap < length)  # unused taps at the border have no pixel

@@ -17,8 +17,8 @@ def find_false_negatives(
 ) -> Tensor:
     """Return the queue entries that likely have the query's class (Huynh et al., 2022, false negative cancellation).
 
-    The criterion is the similarity to a support view of the query's sample: its own key, which comes from the same
-    encoder as the keys of the queue. (The paper aggregates several support views.)
+    The criterion is the similarity of an entry to the query's own key. This key is the only support view, and comes
+    from the same encoder as the keys of the queue. (The paper aggregates several support views.)
 
         found = find_false_negatives(key, queue, threshold=0.7, candidates=negatives)
         elimination:  info_nce(query, key, queue, temperature, negatives & ~found)
@@ -27,11 +27,11 @@ def find_false_negatives(
     Args:
         support, queue: L2-normalized, shapes (N, C) and (K, C).
         threshold: find entries with a similarity above it; -1 ... 1.
-        top: find the entries with the `top` highest similarities; 1 ... K. With both, entries must pass both.
+        top: find the entries with the `top` highest similarities; 1 ... K. With `threshold`, both conditions hold.
         candidates: boolean (N, K) or (1, K), the entries to search; None: all.
 
     Returns:
-        Boolean, shape (N, K).
+        Boolean, shape (N, K), True for the entries found.
     """
     if threshold is None and top is None:
         raise ValueError("threshold=None and top=None: pass one of them, or both")

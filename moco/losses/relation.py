@@ -28,16 +28,16 @@ def relational_cross_entropy(
 
     ReSSL (Zheng et al., 2021): the key is the embedding of a weak view, and T_t < T, so that p is the sharper one. With
     `with_key` the key itself is one more candidate, as in SEED (Fang et al., 2021), where a frozen network computes it.
-    The loss is at least the entropy of p. If all candidates are equally similar to q, it is log(K), or log(1 + K) with
-    the key.
+    The loss is at least the entropy of p. If all candidates are equally similar to q, the loss is log(K), or log(1 + K)
+    with the key.
 
     Args:
         query: the student's embeddings, L2-normalized, shape (N, C).
-        key: the teacher's, L2-normalized, shape (N, C), without gradient.
+        key: the teacher's embeddings, L2-normalized, shape (N, C), without gradient.
         queue: earlier embeddings of the teacher, L2-normalized, shape (K, C), without gradient.
         temperature: T > 0, of the student.
         teacher_temperature: T_t > 0.
-        with_key: see above.
+        with_key: whether the key itself is one more candidate.
 
     Returns:
         The mean loss over the queries, shape (), and a dict of detached measures of shape (): "teacher_entropy", the

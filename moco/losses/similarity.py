@@ -32,7 +32,10 @@ def similarity(anchors: Tensor, candidates: Tensor) -> Tensor:
 
 
 def paired_similarity(anchors: Tensor, partners: Tensor) -> Tensor:
-    """Return the inner product of each row with its partner, as `similarity`: (N, C), (N, C) -> (N, 1)."""
+    """Return the inner product of each anchor with the partner in the same row: (N, C), (N, C) -> (N, 1).
+
+    The precision is that of `similarity`.
+    """
     with torch.autocast(anchors.device.type, enabled=False):
         anchors = full_precision(anchors)
         return (anchors * partners.to(anchors.dtype)).sum(dim=1, keepdim=True)

@@ -1,8 +1,8 @@
 """InfoNCE with a long queue in one pass over it: no tensor of size N x K is kept, and nothing is computed twice.
 
-The queue's keys Q_j carry no gradient, so the gradient only needs the mean key under their softmax p_j. Let u = q / T.
-Let L be the log of the sum of the negatives' exponentials, and P = sigmoid(L - u k) the share of all negatives in the
-softmax over them and the key k:
+The queue's keys Q_j have no gradient. So the gradient only needs the mean of the negatives Q_j under their softmax p_j.
+Let u = q / T. Let L be the log of the sum of the negatives' exponentials, and P = sigmoid(L - u k) the share of all
+negatives in the softmax over the key k and all negatives:
 
     loss = log(1 + exp(L - u k))        d loss / du = P (sum over j of p_j Q_j - k)
 
@@ -10,12 +10,12 @@ The decoupled contrast, L - u k, has the same gradient without the factor P.
 
 This is attention with keys = values = queue. As in FlashAttention (Dao et al., 2022) the sums run over parts of the
 queue and are relative to the largest logit so far (the online softmax of Milakov & Gimelshein, 2018). Forward saves the
-gradient, a vector (N, C) times a factor (N,), and backward multiplies it by that of the losses. By the chain rule the
-derivative with respect to a learned T is -u / T times that with respect to u.
+gradient, a vector (N, C) times a factor (N,), and backward multiplies it by the incoming gradient of the losses. By the
+chain rule the derivative with respect to a learned T is -u / T times the derivative with respect to u.
 
-The entropy of the p_j is L minus their mean logit, which is u times the mean key.
+The entropy of the p_j is L minus the mean logit under the p_j. This mean logit is u times the mean key.
 
-On a GPU two kernels compute the pass, the loss and the measures: `moco.kernels.info_nce`.
+On a GPU two kernels compute the sums over the queue, the loss and the measures: `moco.kernels.info_nce`.
 
 Legend: N queries, C dimension, K queue length, R queries and B entries of the queue per block.
 """
@@ -45,7 +45,7 @@ class Streamed(NamedTuple):
     positive: Tensor  # (N,), the key's logit
     hardest: Tensor  # (N,), the largest logit of a negative; -inf without any
     log_sum: Tensor  # (N,), log of the sum of the negatives' exponentials; -inf without any
-    negatives: Tensor  # (N,), their number
+    negatives: Tensor  # (N,), the number of negatives
     effective_negatives: Tensor  # (N,), exp of the entropy of the negatives' shares, 1 ... K; 0 without any
     each: Tensor | None = None  # (6, N), each query's values of MEASURES, in this order; None without a kernel
 
@@ -55,7 +55,9 @@ class Streamed(NamedTuple):
         return self.losses.mean()
 
     def measures(self, temperature: Temperature, decoupled: bool = False) -> dict[str, Tensor]:
-        """Return means over the queries, of shape (): "negatives", "chance" (see `contrast`) and `logit_measures`.
+        """Return means over the queries, of shape (): "negatives", "chance", and those of `logit_measures`.
+
+        "chance" is the loss if all logits are equal.
 
         The arguments are those of `info_nce_streamed`.
         """
@@ -109,7 +111,7 @@ def info_nce_streamed(
 ) -> Streamed:
     """Compute `info_nce`, with the same loss and gradient up to rounding, in memory of order N C instead of N K.
 
-    Computed in float32 (or float64) even under autocast. Key and queue get no gradient.
+    The computation is in float32 (or float64) even under autocast. Key and queue get no gradient.
 
     Args:
         query, key, queue, temperature, negatives: as in `info_nce`.
@@ -209,7 +211,7 @@ def _chunk(queries: int, device: str) -> int:
 
 
 class _Loss(torch.autograd.Function):
-    """Each query's loss, (N,), from the results of the pass; differentiable once by query and temperature."""
+    """Each query's loss, (N,), which can be differentiated once. The gradients are computed before `forward`."""
 
     @staticmethod
     def forward(
@@ -217,8 +219,8 @@ class _Loss(torch.autograd.Function):
     ) -> Tensor:
         """Return `losses`.
 
-        `apart`, (N, C), is the mean key - k; `factors`, (N,) each: the gradient of the query is the first one times
-        `apart`, and that of the temperature is the second one.
+        `apart`, (N, C), is the mean key minus k. `factors` are two tensors, (N,) each. The first one times `apart` is
+        the gradient of the query. The second one is the gradient of the temperature.
         """
         ctx.save_for_backward(apart, *factors)
         return losses
@@ -241,7 +243,7 @@ class _OwnKeys(NamedTuple):
 
     @classmethod
     def find(cls, own: Tensor, others: Tensor, chunk: int) -> "_OwnKeys":
-        """Find these entries from the samples of the queries and of the queue."""
+        """Find these entries; `own`, (N,), and `others`, (K,), identify the images of the queries and of the queue."""
         if own.device.type != "cpu":  # `nonzero` would make the host wait for the device
             return cls(own, others, None)
         found = torch.isin(others, own).nonzero()[:, 0]
@@ -252,10 +254,10 @@ class _OwnKeys(NamedTuple):
 def _pass(
     scaled: Tensor, queue: Tensor, allowed: Tensor | None, own: _OwnKeys | None, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pass over the queue for u, (R, C), with the mask (R, K) or (1, K).
+    """Compute the sums over the queue for a block of u, (R, C), with the mask (R, K) or (1, K).
 
-    Returns the largest logit, (R,), the log of the sum of exponentials, (R,), the mean key under their softmax, (R, C),
-    and the number of negatives, (R,).
+    Returns the negatives' largest logit, (R,), the log of the sum of their exponentials, (R,), the mean key under their
+    softmax, (R, C), and the number of negatives, (R,).
     """
     lowest = torch.finfo(scaled.dtype).min  # not -inf: -inf - -inf is nan
     top = scaled.new_full((len(scaled), 1), lowest)  # (R, 1), the largest logit so far
@@ -285,6 +287,6 @@ def _pass(
         total.mul_(shrink).add_(weights.sum(dim=1, keepdim=True))
         pulled.mul_(shrink).addmm_(weights, keys)
         top = higher
-    # Where there is any negative the total is 1 or more: the largest adds exp(0).
+    # Where there is any negative, the total is at least 1: the largest logit adds exp(0).
     hardest = top.masked_fill(top == lowest, ABSENT)[:, 0]
     return hardest, (top + total.log())[:, 0], pulled / total.clamp(min=1), count

@@ -19,8 +19,8 @@ def build_method(config: TrainConfig, labels: NDArray[np.int64] | None = None, t
 
     Args:
         config: the configuration of the run.
-        labels: the class of each training image, (samples,), or None; used only if `method.labels`.
-        teacher: the frozen network of `method.teacher`; None unless it is set.
+        labels: the class of each training image, (images,), or None; used only if `method.labels` is true.
+        teacher: the frozen network of `method.teacher`; None if that field is not set.
 
     Raises:
         ConfigError: if `method.labels` is set and there are no labels; or if the backbone does not take images of

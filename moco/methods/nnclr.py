@@ -14,11 +14,11 @@ L(nn, p) is the cross entropy of each neighbor with the predictions of all image
 
 The loss always compares a neighbor with the predictions of the whole batch. With micro-batches, `encode_keys` computes
 these predictions first, without gradient, which costs one more forward pass. Each micro-batch then computes its own
-predictions with gradient, and puts them in the place of the first ones. The gradients of all micro-batches and
-processes add up to that of the batch.
+predictions again, now with gradient, and uses them in place of those without gradient. The gradients of all
+micro-batches and processes add up to the gradient of the batch.
 
-Deliberate deviation: the projector's last BN has no weight and bias, and the predictor's last layer no bias, as in
-MoCo v3.
+Deliberate deviation: the projector's last BN has no weight and bias, and the predictor's last layer has no bias, as
+in MoCo v3.
 
 Legend: N local micro-batch, n local batch, W processes, M = W n global batch, C embedding, K queue length.
 """
@@ -47,7 +47,7 @@ class NNCLR(nn.Module):
 
     momentum_encoder: None = None
     directions = ((0, 1), (1, 0))  # (view of p, view whose neighbor is the positive)
-    passes = 2
+    passes = 2  # number of views that the encoder encodes one after the other
     step = 0
 
     def __init__(self, encoder: nn.Module, predictor: nn.Module, queue: KeyQueue, temperature: float = 0.1) -> None:
@@ -72,9 +72,9 @@ class NNCLR(nn.Module):
         return {view: gather(torch.cat(part)) for view, part in enumerate(parts)}
 
     def forward(self, views: Sequence[Tensor], keys: dict[int, Tensor], index: Tensor, start: int = 0) -> Output:
-        """Compute the loss of the global batch; its gradient is that of this micro-batch's predictions.
+        """Compute the loss of the global batch, in which only this micro-batch's predictions have a gradient.
 
-        The arguments are those of `MoCo.forward`, but keys are those of `encode_keys` here.
+        The arguments are those of `MoCo.forward`, but `keys` is the result of `encode_keys` of this class.
         """
         z, neighbors, p = zip(*(self._embed(view) for view in views), strict=True)  # each V times (N, C)
         batch = keys or {

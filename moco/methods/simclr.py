@@ -4,9 +4,9 @@
     Supervised Contrastive Learning (Khosla et al., NeurIPS 2020)
 
 One training step (see `moco/training/step.py`) encodes all views, gathers the embeddings of all ranks with gradient,
-and compares each with all others of the global batch. It encodes no keys and enqueues nothing.
+and compares each embedding with all others of the global batch. The step encodes no keys and enqueues nothing.
 
-SimCLR is SupCon in which each sample is its own class, so both are one method; with labels it is SupCon.
+SimCLR is SupCon in which each sample is its own class. So one class implements both: with labels it is SupCon.
 
 Deliberate deviations from the official code:
 
@@ -68,7 +68,7 @@ class SimCLR(nn.Module):
 
     queue: None = None
     momentum_encoder: None = None
-    directions = ((0, -1),)
+    directions = ((0, -1),)  # (first view, last view), which `Output` holds as query and key
     passes = 1  # all views together
     step = 0
     labels: Tensor | None

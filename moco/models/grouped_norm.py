@@ -1,6 +1,6 @@
 """BN of all groups of a batch in one call, for GPUs: a call per group would launch G times as many kernels.
 
-A channel of each group becomes a channel of its own. BN of these G C channels over g images is BN in groups.
+Each channel of each group becomes a channel of its own. BN of these G C channels over g images is BN in groups.
 
 Legend: N batch, C channels, G groups, g images per group.
 """
@@ -15,7 +15,10 @@ from moco.models.sync_norm import memory_format
 
 
 class _GroupedBatchNorm(torch.autograd.Function):
-    """Returns copies, not views: for an in-place operation on a view, autograd copies the gradient three times."""
+    """BN in groups, with its gradient.
+
+    The results are copies, not views: for an in-place operation on a view, autograd copies the gradient three times.
+    """
 
     @staticmethod
     def forward(

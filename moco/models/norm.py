@@ -36,8 +36,8 @@ class GroupedBatchNorm(nn.Module):
     """BN over consecutive groups of `group_size` images; group_size 0 means the global batch ("sync").
 
     Has the parameters and buffers of `nn.BatchNorm2d`, with the same names. For any number of micro-batches, running
-    statistics are updated once per view, in the order of the views, with the mean over the view's groups. So they are
-    updated as often as those of an `nn.BatchNorm2d` that is called once per view with the global batch.
+    statistics are updated once per view, in the order of the views, with the mean over the view's groups. An
+    `nn.BatchNorm2d` that is called once per view, with the global batch, updates its statistics equally often.
 
     Args:
         channels: C.
@@ -124,7 +124,7 @@ class GroupedBatchNorm(nn.Module):
         return self._scale_and_shift(out).to(x.dtype)
 
     def _normalize_sync(self, x: Tensor) -> Tensor:
-        """BN over all ranks; two passes, because E[x^2] - E[x]^2 cancels in float32."""
+        """BN over all ranks. The variance needs a second sum over the batch: E[x^2] - E[x]^2 cancels in float32."""
         if self._is_fused(x) and not self.uneven:
             self._count_call()
             affine, running = (self.weight, self.bias), (self.running_mean, self.running_var)
@@ -180,7 +180,7 @@ class GroupedBatchNorm(nn.Module):
         """Return whether one fused operation can update the running statistics: each call must be a whole view.
 
         Args:
-            compiled: whether compiled code has the operation too.
+            compiled: whether the operation may also run in compiled code.
         """
         whole = x.device.type in FUSED_DEVICES and self.micro_batches == 1
         return whole and (compiled or not torch.compiler.is_compiling())
@@ -209,7 +209,7 @@ class GroupedBatchNorm(nn.Module):
 
 
 def convert_batch_norm(module: nn.Module, kind: BatchNormKind, group_size: int) -> nn.Module:
-    """Replace every BatchNorm1d and BatchNorm2d by `GroupedBatchNorm`, with its parameters and buffers.
+    """Replace each BatchNorm1d and BatchNorm2d by a `GroupedBatchNorm` with the same parameters and buffers.
 
     Args:
         module: any network, e.g. torchvision's or timm's.
@@ -241,9 +241,10 @@ def convert_batch_norm(module: nn.Module, kind: BatchNormKind, group_size: int) 
 def untracked(module: nn.Module, backward: bool = False) -> Iterator[None]:
     """Keep the running statistics of every BN layer unchanged by forward passes in this context.
 
-    They are restored at the end. With `backward`, a backward pass may follow. Autograd refuses tensors that were
-    overwritten after the forward pass. So the running statistics are not restored but kept by a momentum of 0; only the
-    numbers of calls are restored.
+    By default, the forward passes change the running statistics, and the end of the context restores them. Restoring
+    overwrites tensors, and autograd refuses tensors that were overwritten after the forward pass. If a backward pass
+    may follow, set `backward`: then a momentum of 0 keeps the running statistics unchanged, and the end of the context
+    restores only the numbers of calls.
     """
     kinds = GroupedBatchNorm | nn.modules.batchnorm._BatchNorm
     layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, kinds)]

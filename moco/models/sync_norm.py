@@ -1,4 +1,4 @@
-"""BN over the global batch on GPUs, with torch's kernels for it: the statistics of all ranks in one collective.
+"""BN over the global batch on GPUs, with torch's kernels for it: one collective gathers the statistics of all ranks.
 
 `nn.SyncBatchNorm` calls the same kernels, but makes the host wait in every layer, to find ranks without images. Here
 every rank has the same number of images.
@@ -30,7 +30,7 @@ class _SyncBatchNorm(torch.autograd.Function):
     ) -> Tensor:
         """Normalize (N, C, ...) on a GPU over all ranks; update the running statistics as `F.batch_norm` does.
 
-        Both passes are collectives. For the backward pass, the input is kept in its own number type.
+        The forward and the backward pass are collectives. For the backward pass, the input is kept in its number type.
         """
         x = x.contiguous(memory_format=memory_format(x))
         local = torch.stack(torch.batch_norm_stats(x, eps))  # (2, C), means and 1 / standard deviations

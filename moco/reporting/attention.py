@@ -19,9 +19,9 @@ _GRAY = 0.7  # scales the brightness of the gray image, so that the color stands
 def class_attention(backbone: nn.Module, images: Tensor) -> Tensor | None:
     """Return the last block's attention from the class token to the patches, averaged over heads: (N, P**.5, P**.5).
 
-    These are softmax values: an image's patches sum to 1 minus the attention to the class token and other tokens.
-    None if the network is not a timm transformer with a class token, if it does not expose its attention weights, or if
-    the patches do not form a square.
+    The values are those of a softmax over all tokens. So over the patches of an image they sum to 1 minus the attention
+    to the class token and other tokens. The result is None if the network is not a timm transformer with a class
+    token, if it does not expose its attention weights, or if the patches do not form a square.
 
     Args:
         backbone: in eval mode.

@@ -12,7 +12,7 @@ from moco.reporting.markup import plain
 from moco.reporting.plotly_figures import AXIS, PALETTE, REFERENCE_COLOR, plain_figure
 
 MOST_POINTS = 600  # per curve
-_TABLE_ROWS = 12
+_TABLE_ROWS = 12  # largest number of rows in the table of a chart
 _MARKERS = 40  # a curve with at most this many points has markers
 _DASHES = ("dash", "dot", "dashdot", "longdash")
 
@@ -24,8 +24,8 @@ class Curve:
     name: str
     x: Sequence[float]
     y: Sequence[float]  # nan for a value that is not finite
-    run: int = 0
-    reference: bool = False
+    run: int = 0  # index of the run in the report
+    reference: bool = False  # whether the values are reference values, which are dashed
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,12 @@ class Chart:
 
 @dataclass(frozen=True)
 class _Known:
+    """How the chart of a known metric is drawn."""
+
     title: str
     unit: str = ""
-    scale: float = 1.0
-    references: tuple[str, ...] = ()
+    scale: float = 1.0  # the factor from the recorded values to the unit
+    references: tuple[str, ...] = ()  # the metrics that are reference values of this one
 
 
 _BASELINES = ("accuracy/untrained", "accuracy/initialized", "accuracy/raw_pixels")
@@ -109,7 +111,8 @@ def charts(
 
     Args:
         runs: the metrics of each run.
-        kinds: by metric and run, the end of the chart's title. Values of different kinds have charts of their own.
+        kinds: for each metric, the kind of each run's values, which is appended to the chart's title. A metric has one
+            chart for each kind of values.
     """
     recorded = sorted({name for series in runs.values() for name in series} - _HIDDEN)
     references = {each for name in recorded if name in _KNOWN for each in _KNOWN[name].references}
@@ -153,7 +156,7 @@ def _chart(name: str, kind: str, known: _Known, runs: Mapping[str, Series], same
 
 
 def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
-    """Return at most `MOST_POINTS` points: the lowest and highest of each part of a curve, so every spike stays."""
+    """Return x and y of at most `MOST_POINTS` points: the lowest and highest point of each part of a curve."""
     if len(x) <= MOST_POINTS:
         return x, y
     parts = MOST_POINTS // 2

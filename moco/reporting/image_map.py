@@ -17,6 +17,7 @@ from moco.reporting.plotly_figures import PALETTE, REFERENCE_COLOR, plain_figure
 
 FEWEST = 5  # images that a map needs
 _MOST_GROUPS = 30  # in the legend; the rest form one group
+# Plotly's names of the shapes of points, and characters with these shapes for the legend.
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "pentagon")
 _SIGNS = ("●", "■", "◆", "▲", "✚", "▼", "⬟")
 _OTHERS = "others"
@@ -38,7 +39,7 @@ def coordinates(features: NDArray[Any], method: str, perplexity: float, seed: in
     Args:
         features: (M, D), M at least `FEWEST`.
         method: "tsne", or "umap" (ConfigError if umap-learn is not installed).
-        perplexity: approximate number of neighbors to preserve; at most (M - 1) / 3 are used, but at least 2 by "umap".
+        perplexity: approximate number of neighbors to preserve. At most (M - 1) / 3 are used, by "umap" at least 2.
         seed: seed of the optimization.
     """
     count = min(perplexity, (len(features) - 1) / 3)
@@ -112,7 +113,7 @@ def figure(drawn: Map, images: Sequence[int]) -> dict[str, Any]:
 
 
 def _grouped(groups: Sequence[str]) -> dict[str, list[int]]:
-    """Return rows by group, sorted by name; only the largest groups are kept, the rest are merged."""
+    """Return the rows of each group, sorted by name; the largest groups are kept, the others are merged into one."""
     counts = Counter(groups)
     kept = {name for name, _ in counts.most_common(_MOST_GROUPS)}
     if len(counts) - len(kept) == 1:

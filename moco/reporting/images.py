@@ -41,7 +41,7 @@ class ImageFeatures:
     shown: ImageSet
     references: ImageSet
     held_out: bool  # whether the shown images are held out
-    unreadable: int  # images that were excluded from the shown ones
+    unreadable: int  # number of unreadable images, which are left out of `shown`
 
 
 def compute_features(config: ReportConfig, run: Run, device: torch.device) -> ImageFeatures:

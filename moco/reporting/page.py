@@ -42,7 +42,7 @@ class Figures:
         return part("map", id, drawn.title, list(drawn.groups))
 
     def data(self) -> dict[str, Any]:
-        """Return what the script reads."""
+        """Return the data that the page's script reads."""
         return {"charts": self.charts, "maps": self.maps, "images": list(self.images)}
 
 

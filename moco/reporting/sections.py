@@ -26,7 +26,7 @@ from moco.runtime.provenance import provenance
 
 _IGNORED = {"run", "device", "threads"}  # settings without effect on the results
 _OPEN = ("accuracy/", "retrieval/", "train/loss", "train/contrast_accuracy")  # metrics whose charts are not folded
-_FOLDED = {"train": "Training", "analysis": "Measures of the representation", "speed": "Speed and memory"}
+_FOLDED = {"train": "Training", "analysis": "Measures of the representation", "speed": "Speed and memory"}  # titles
 _BASELINES = {"raw pixels": "raw_pixels", "untrained": "untrained"}  # names of results before the first step
 _PNG, _MOST_BYTES = b"\x89PNG\r\n\x1a\n", 5_000_000  # of an image of predictions
 _CROPS = "two crops of an image find each other"  # how the title of instance retrieval begins
@@ -34,7 +34,7 @@ _ACCURACIES = ("raw pixels", "untrained", "initialized", "best", "last", "online
 
 
 def headline(runs: Sequence[Run], alarms: Sequence[Sequence[Alarm]]) -> Markup:
-    """Return a table of main settings and results."""
+    """Return a table of the main settings and results of the runs."""
     by_run = [_main_facts(run, found) for run, found in zip(runs, alarms, strict=True)]
     rows = [(name, [each[name] for each in by_run]) for name in by_run[0]]
     known = [(name, values) for name, values in rows if set(values) != {"–"}]
@@ -146,12 +146,12 @@ def differences(runs: Sequence[Run]) -> Markup:
 
 
 def curves(runs: Sequence[Run], figures: Figures) -> Section:
-    """Return all recorded metrics as charts; those that are rarely read are folded, by kind."""
+    """Return all recorded metrics as charts; the charts that are rarely read are folded, by kind."""
     series, x_title = by_epoch(runs)
     if not any(series.values()):
         return Section("Curves", part("paragraph", "No metrics are recorded yet."))
     drawn, single = charts(series, _kinds(runs))
-    by_group: dict[str, list[Markup]] = {"": []}  # "": those that are not folded
+    by_group: dict[str, list[Markup]] = {"": []}  # "": charts that are not folded
     for chart in drawn:
         group = "" if chart.metric.startswith(_OPEN) else chart.metric.partition("/")[0]
         by_group.setdefault(group, []).append(figures.add_chart(chart, x_title))

@@ -1,7 +1,7 @@
 """Compute features of any images and write them to files: in bounded memory, resumable, on any number of ranks.
 
-A chunk has `images_at_once` rows and is one forward pass, on any rank. Therefore the written bytes depend neither on
-interruptions nor on the number of processes.
+The rows are divided into chunks of `images_at_once` rows. Any rank may compute a chunk, always in one forward pass.
+Therefore the written bytes depend neither on interruptions nor on the number of processes.
 
 Legend: D dimension.
 """
@@ -70,7 +70,7 @@ def _summarize(embedding: Embedding, config: EmbedConfig) -> None:
 
 
 def compute(config: EmbedConfig, subject: subjects.Subject, folder: Path, device: torch.device) -> Embedding:
-    """Compute the missing features of an output folder and open it. Every rank calls it.
+    """Compute the missing features of an output folder, and open the folder. Collective.
 
     Raises:
         ConfigError: if the folder contains something else, the disk is too small, or the split does not exist.
@@ -96,7 +96,7 @@ def compute(config: EmbedConfig, subject: subjects.Subject, folder: Path, device
 
 
 def build_network(file: EncoderFile, features: str, normalize: bool, device: torch.device) -> nn.Module:
-    """Return the backbone, or for "projection" backbone and head; with `normalize`, its outputs have length 1.
+    """Return the backbone, or for "projection" backbone and head; with `normalize`, the outputs have length 1.
 
     Raises ForeignFileError for "projection" if the file contains no head.
     """
@@ -195,7 +195,7 @@ def _about(work: _Work) -> About:
 
 
 def _compute_missing(work: _Work, state: About, folder: Path) -> None:
-    """Compute one chunk per rank and round, and record each round in progress.json."""
+    """Compute the missing chunks: each iteration computes one on each rank, and then updates progress.json."""
     features = np.lib.format.open_memmap(folder / PARTIAL, mode="r+")
     chunks = work.chunks_of_rank(state["done"])
     count = len(work.source)
@@ -210,7 +210,7 @@ def _compute_missing(work: _Work, state: About, folder: Path) -> None:
 
 
 def _write(features: NDArray[Any], chunk: _Chunk | None) -> dict[str, str]:
-    """Write the chunk of a round, if this rank has one, and return its unreadable rows."""
+    """Write a chunk, if this rank has one left, and return the unreadable rows of the chunk."""
     if chunk is None:
         return {}
     rows, values, unreadable = chunk

@@ -51,7 +51,9 @@ def open_index(config: SearchConfig) -> Embedding:
 
 
 def query_features(config: SearchConfig, index: Embedding, device: torch.device) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return the row in the index of each of Q queries, (Q,), -1 if it is not there, and the features of all, (Q, D).
+    """Return the row of each query in the index, (Q,), and the features of all Q queries, (Q, D).
+
+    The row of a query that is not in the index is -1.
 
     Raises:
         FileNotFoundError, ImageError: for a missing or unreadable query.
@@ -83,7 +85,7 @@ def query_features(config: SearchConfig, index: Embedding, device: torch.device)
 
 
 def _rows_of_queries(images: ImageSet, queries: list[str]) -> NDArray[np.int64]:
-    """Return the row in the index of each query, a file or a name in the index; -1 if it is not there."""
+    """Return the row in the index of each query, a file or the name of an image in the index; -1 if there is none."""
     positions = {str(resolved(file)): i for i, file in enumerate(queries)}
     by_name = {name: i for i, name in enumerate(queries) if not Path(name).is_file()}
     form_of = other_forms(by_name, (images.name(row) for row in range(len(images))))

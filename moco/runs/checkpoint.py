@@ -2,7 +2,7 @@
 
 A checkpoint is a file `step_00001234.pt` that holds a dict: the values of `_SCHEMA`, "computed_on" (the devices),
 "probe" (the state of the online probe, if there is one), and "sha256" of all of these. `best.pt` is a second name of
-one of these files; the file remains under it when its first name is deleted.
+one of these files. When the first name of this file is deleted, the file remains as `best.pt`.
 """
 
 import copy
@@ -35,7 +35,7 @@ BEST = "best.pt"  # not listed by `list_checkpoints`: a run resumes from its new
 _NAME = re.compile(r"step_(\d+)(\.keep)?\.pt")
 
 
-# Types of a checkpoint's values, which `_refuse_malformed` checks; checkpoints of earlier versions lack some of them.
+# Types of a checkpoint's values, which `_refuse_malformed` checks. Checkpoints of earlier versions lack some values.
 _SCHEMA: dict[str, Any] = {
     "config": Mapping,
     "step": int,
@@ -43,11 +43,11 @@ _SCHEMA: dict[str, Any] = {
     "optimizer": {"state": Mapping, "param_groups": list},
     "scaler": Mapping,
     "history": list,  # evaluations so far
-    "measured": str,  # what they measure
+    "measured": str,  # what the evaluations measure
     "seconds": float,  # of training
     "versions": Mapping,
     "world_size": int,
-    "statistics": Tensor,  # BN's running statistics of each of several ranks, whose average is in "method"
+    "statistics": Tensor,  # with several ranks: BN's running statistics of each rank; "method" has their average
     "skipped": int,  # steps with a non-finite loss or gradient
     "precision": str,
     "data": {"length": int, "sha256": str},
@@ -112,9 +112,9 @@ def copy_to_host(state: Any) -> Any:
 class Saver:
     """Writes checkpoints in another thread, one at a time.
 
-    `save` waits until the previous one is written and the state is copied to host memory. An error while
-    writing is raised by the next `save` or `join`. Used as a context manager, it waits at the end for the checkpoint
-    that is being written, except after KeyboardInterrupt: the unfinished file then keeps its temporary name. See the
+    `save` returns when the previous checkpoint is written and the new state is copied to host memory. An error while
+    writing is raised by the next `save` or `join`. At the end of a `with` block, the saver waits for the checkpoint
+    that is being written, except after KeyboardInterrupt: then the unfinished file keeps its temporary name. See the
     function `save` for `keep_last`.
     """
 
@@ -190,7 +190,7 @@ def verify(path: Path, state: Any) -> Checkpoint:
     """Check the digest of a loaded checkpoint and return the content without it.
 
     Raises:
-        CheckpointError: if there is no digest, it does not match, or a value has another type or range than in a
+        CheckpointError: if the digest is missing or does not match, or if a value has another type or range than in a
             checkpoint of moco.train.
     """
     if not isinstance(state, dict) or "sha256" not in state:
@@ -218,7 +218,7 @@ def _refuse_malformed(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def _is_evaluation(entry: Any) -> bool:
-    """Return whether an entry of the history has a step, and otherwise only numbers and None, alone or in lists."""
+    """Return whether an entry of the history has a step, and all other values are numbers, None, or lists of them."""
     if type_error("", entry, {"step": int, "epoch": float}, exact=True) or "step" not in entry:
         return False
     results = (each for name, value in entry.items() if name != "step" for each in _as_list(value))

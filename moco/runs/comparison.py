@@ -31,7 +31,7 @@ EXCLUDED = frozenset(
         # How images are read or shown, and what only pretraining uses.
         *(f"data.{name}" for name in ("workers", "resident", "download", "preview", "allow_pipe", "on_bad_image")),
         *(f"data.{name}" for name in ("max_bad", "length", "shuffle_buffer", "weights")),
-        # data.sha256 covers the other boxes.
+        # The numbers of boxes left out. data.sha256 covers all other boxes.
         *("data.training_boxes_left_out", "data.held_out_boxes_left_out"),
     ]
 )
@@ -55,7 +55,8 @@ _SECTIONS = ("data", "settings", "choice", "look")  # their fields have dotted n
 # Fields that are part of no key of the baselines "untrained" and "pixels".
 _NOT_OF_UNTRAINED = frozenset(["weights", "sha256", "projection_sha256"])  # they describe the pretrained encoder
 _NOT_OF_PIXELS = (ENCODER - {"encoder", "look"}) | {"look.mean", "look.std"}
-# How these fields are named; others are named NAME=VALUE. To tell names apart, these are appended first, in this order.
+# The text of some fields in a name; the text of all other fields is NAME=VALUE. To tell names apart, the texts of the
+# fields in `_WORDS` are appended first, in this order.
 _WORDS: dict[str, Callable[[Any], str]] = {
     "data.classes": lambda value: f"{len(value)} classes",
     "data.training": lambda value: f"{value:,} training images",
@@ -63,10 +64,11 @@ _WORDS: dict[str, Callable[[Any], str]] = {
     "data.bits": lambda value: f"bits={'automatic' if value is None else value}",
     "initial_seed": lambda value: f"seed {value}",
 }
-# Settings that the field `changed` of an entry may lack: rows of one protocol state them if they differ.
+# Settings that the field `changed` of an entry may lack. If rows of one protocol differ in them, their names say so.
 _NOT_IN_CHANGED = ("settings.draws", "settings.seeds", "settings.validation")
+# Fields that are digests, and what such a digest identifies.
 _DIGESTS = {"data.sha256": "images or labels", "sha256": "weights", "projection_sha256": "projection head"}
-_LONGEST = 100  # characters of a field in a name
+_LONGEST = 100  # largest number of characters of a field in a name
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 Key = frozenset[tuple[str, str]]  # the names of fields, and their values as JSON
@@ -88,9 +90,9 @@ def placed(
 
     Different rows have different names, and so do different columns.
 
-    An entry of an earlier version lacks fields. If exactly one other row (or column) agrees in all fields that the
-    entry has, and its other fields are all in `_OPTIONAL`, the entry belongs to it. Otherwise it has a row (or column)
-    of its own.
+    An entry of an earlier version lacks fields. It belongs to another row (or column) if exactly one row (or column)
+    agrees in all fields that the entry has, and all fields that the entry lacks are in `_OPTIONAL`. Otherwise the entry
+    has a row (or column) of its own.
 
     Args:
         entries: the entries, oldest first.
@@ -154,7 +156,7 @@ def _fields(entry: Mapping[str, Any], of_encoder: bool) -> dict[str, Any]:
 
 
 def _completed_keys(keys: Sequence[Key]) -> list[Key]:
-    """Return each key, or instead of it the only larger one that has the same fields and some of `_OPTIONAL`."""
+    """Replace each key by the key that has the same fields and more from `_OPTIONAL`, if there is exactly one."""
     found: dict[Key, Key] = {}
     for key in sorted(set(keys), key=len, reverse=True):
         larger = {each for each in found.values() if key < each and {name for name, _ in each - key} <= _OPTIONAL}
@@ -292,7 +294,7 @@ def data_name(data: Mapping[str, Any]) -> str:
 
 
 def evaluated_on(data: Mapping[str, Any]) -> str:
-    """Return the name of an entry's data set and the source of its held-out images; note those seen in training."""
+    """Return the name of an entry's data set and the source of its held-out images, with notes about the images."""
     share = data.get("hold_out")
     parts = [data.get(name) for name in ("eval_root", "eval_file")] if data.get("name") in (None, *FOLDERS) else []
     held_out = " ".join(str(each) for each in parts if each)

@@ -25,7 +25,7 @@ from moco.untrusted import read_yaml
 # whether a run continues after an unreadable image or a non-finite step, not how it continues.
 FREE_FIELDS = (
     "recipe",
-    "plugins",  # a missing one is refused by `refuse_missing_plugins`, and another version is reported
+    "plugins",  # `refuse_missing_plugins` refuses a missing plug-in, and another version is reported
     *("run", "device", "threads", "log_every", "analyse_every", "stop_after", "hang_after", "accumulate", "compile"),
     *("cuda_graph", "shard", "activation_checkpointing", "logger"),
     *("channels_last", "profile", "checkpoint", "optim.skip_nonfinite", "evaluate.batch_size"),
@@ -59,11 +59,11 @@ def refuse_difference(
 def difference(
     path: Path, there: Mapping[str, Any], config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
 ) -> str:
-    """Return the fields in which the run in `path` differs, with both values; "" if both runs compute the same.
+    """Return the fields in which the run in `path` differs from this run, with both values; "" if there are none.
 
     Args:
         path: the run's directory.
-        there, config: the configuration of the run in it, and of this run.
+        there, config: the configuration of the run in `path`, and that of this run.
         defaults: the values of fields that did not exist yet when the earlier run was configured.
     """
     if there.get("method"):
@@ -85,7 +85,7 @@ def difference(
 def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> IO[str]:
     """Lock the directory, check that it holds no other run, and write config.yaml.
 
-    Returns the lock, which holds until the file is closed or the process ends.
+    Returns the open lock file. The lock holds until this file is closed or the process ends.
 
     Raises:
         ConfigError: if another process trains in the directory, or if it holds other files, a damaged config.yaml,
@@ -135,7 +135,7 @@ def in_run_directory(file: Path) -> bool:
 
 
 def run_of(path: Path) -> Path | None:
-    """Return the directory of the run that contains a file or folder, at most two folders above; None without one."""
+    """Return the directory of a run that is one of the two folders above a file or folder; None if neither is one."""
     folders = (*path.parents[:2], *path.absolute().parents[:2])
     return next((each for each in folders if (each / "checkpoints").is_dir()), None)
 

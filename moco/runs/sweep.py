@@ -15,7 +15,7 @@ class Ended(NamedTuple):
     """How a process ended."""
 
     status: int  # exit status; -N if signal N ended it
-    stopped_by: int  # the first signal that arrived here meanwhile; 0: none
+    stopped_by: int  # the first of `STOP_SIGNALS` that this process received meanwhile; 0: none
 
 
 def is_finished(run: Path) -> bool:
@@ -36,7 +36,7 @@ def run_to_end(command: Sequence[str], log: Path | None = None) -> Ended:
     process: subprocess.Popen[bytes] | None = None
 
     def stop(number: int, frame: FrameType | None) -> None:
-        # Do not wait for the process here: the interrupted wait() holds the lock that a second one needs.
+        # Do not wait for the process here: the interrupted wait() holds the lock that a second wait() needs.
         received.append(number)
         if process is not None and len(received) == 1:
             process.send_signal(signal.SIGTERM)

@@ -1,7 +1,7 @@
-"""The loggers Weights & Biases and MLflow. A resumed run continues the same run there.
+"""The loggers Weights & Biases and MLflow. When a run resumes, the same run of the logger continues.
 
 The tracker's id of a run is in wandb_id.txt or mlflow_id.txt in the run's directory, so that a run that resumes on
-another machine finds it too.
+another machine finds this id too.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ _IN_MLFLOW = {"%": "percent", ", ": " - "}  # parts of moco's names that MLflow 
 class Wandb:
     """The logger of Weights & Biases, whose own process sends the records; see `moco.runs.metrics.Logger`.
 
-    Its environment variables apply: WANDB_MODE, WANDB_PROJECT, WANDB_NAME, WANDB_RUN_ID, ...
+    The environment variables of Weights & Biases apply: WANDB_MODE, WANDB_PROJECT, WANDB_NAME, WANDB_RUN_ID, ...
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any], step: int) -> None:
@@ -51,7 +51,7 @@ class Wandb:
 
     @staticmethod
     def add_results(path: Path, values: Mapping[str, float], step: int) -> None:
-        """Add the results of an evaluation to the summary of the run that was trained in `path`, if there is one."""
+        """Add the results of an evaluation to the summary of the run that was trained in `path`, if W&B logged it."""
         if run_id := _read_id(path, "wandb"):
             Wandb.check()
             run = _wandb_run(path, run_id, None)
@@ -78,11 +78,11 @@ class Wandb:
         self._log(self._run.step, {name: self._wandb.Image(pixels)})
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
-        if step >= self._run.step:  # wandb drops smaller ones, with a warning each
+        if step >= self._run.step:  # wandb drops the records of earlier steps, with a warning each
             self._run.log(values, step=step)
 
     def close(self) -> None:
-        """Send what is left, for at most a minute; `wandb sync` sends the rest later."""
+        """Send the remaining records, for at most a minute; `wandb sync` can send the rest later."""
         self._run.finish(exit_code=int(_failing()))
 
 
@@ -117,6 +117,7 @@ class MLflow:
     def __init__(self, path: Path, config: Mapping[str, Any], step: int) -> None:
         self._client = _mlflow_client()
         known = _read_id(path, "mlflow") if step else None
+        # Steps before `_first`, the last step that an earlier attempt recorded, are not recorded again.
         self._id, self._first = self._continue(known or os.environ.get("MLFLOW_RUN_ID"))
         if self._id is None:
             self._id = self._create(path, config)
@@ -133,12 +134,12 @@ class MLflow:
 
     @staticmethod
     def add_results(path: Path, values: Mapping[str, float], step: int) -> None:
-        """Add the results of an evaluation to the run that was trained in `path`, if there is one."""
+        """Add the results of an evaluation to the run that was trained in `path`, if MLflow logged it."""
         if run_id := _read_id(path, "mlflow"):
             _mlflow_client().log_batch(run_id, metrics=_metrics(values, step))
 
     def _continue(self, run_id: str | None) -> tuple[str | None, int]:
-        """Reopen a run and return its id and last step; (None, 0) if there is none, for example on another machine."""
+        """Reopen a run and return its id and last step; (None, 0) if MLflow does not know the run."""
         from mlflow.exceptions import MlflowException
 
         if run_id is None:
@@ -183,7 +184,7 @@ class MLflow:
         """Do nothing: the server may store files elsewhere, with other credentials."""
 
     def close(self) -> None:
-        """Send what is left, for at most a minute."""
+        """Send the remaining records, for at most a minute."""
         self._records.put(None)
         self._thread.join(_WAIT)
         if self._thread.is_alive():

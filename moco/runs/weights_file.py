@@ -12,7 +12,7 @@ from torch import Tensor
 from moco.untrusted import refuse_special_file, values_of
 
 _ZIP = b"PK\x03\x04"
-_REPEATED = 4  # all tensors together may have this many times the file's size: several may share their bytes
+_REPEATED = 4  # all tensors together may have this many times the file's size: several tensors may share bytes
 
 
 class CheckpointError(ValueError):
@@ -37,8 +37,8 @@ def read_weights(path: Path) -> Any:
     """Return the content of a file of torch.save, on the CPU.
 
     Raises:
-        CodeRefused: if torch refuses to unpickle the file. This is so for code, which is not run, and for most files
-            that torch.save did not write. Also for an archive of another kind.
+        CodeRefused: if torch refuses to unpickle the file, or if it is an archive of another kind. Torch refuses code,
+            which is not run, and most files that torch.save did not write.
         CheckpointError: for any other file that cannot be read: missing, damaged or no regular file; and for content
             beyond the limits of size or depth.
     """
@@ -86,7 +86,7 @@ def _refuse_large_tensors(content: Any, size: int) -> None:
     """
     total = 0
     for each in values_of(content):
-        if not isinstance(each, Tensor) or each.layout != torch.strided:  # torch.load checks sparse ones
+        if not isinstance(each, Tensor) or each.layout != torch.strided:  # torch.load checks sparse tensors
             continue
         bytes_ = each.numel() * each.element_size()
         if each.is_meta or bytes_ > each.untyped_storage().nbytes():

@@ -12,10 +12,11 @@ FEATURES, ABOUT = "features.npy", "features.json"  # of a complete output of moc
 
 
 def check_output_file(path: Path, example: str) -> None:
-    """Create the folder of the file `output` and check that it can be written.
+    """Create the folder of the file `output` and check that the file can be written.
 
     Raises:
-        ConfigError: if it cannot, or if it is a folder. The message then proposes a file in it, called `example`.
+        ConfigError: if the file cannot be written, or if `output` is a folder. For a folder, the message proposes a
+            file in it with the name `example`.
     """
     require(not path.is_dir(), f"output={path} is a folder: name a file, e.g. {override('output', path / example)}")
     try:
@@ -28,7 +29,7 @@ def prepare_output(folder: Path) -> None:
     """Create the directory `output` if needed and check that files can be written there.
 
     Raises:
-        ConfigError: if they cannot.
+        ConfigError: if files cannot be written there.
     """
     try:
         check_writable(folder, is_folder=True)

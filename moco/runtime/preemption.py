@@ -18,7 +18,7 @@ INTERRUPTED = 130  # 128 + SIGINT, the exit status that shells report for a comm
 
 
 class Reason(IntEnum):
-    """Why a run stops before its end. If ranks have different reasons, all use the highest."""
+    """Why a run stops before its end. If ranks have different reasons, all ranks use the highest one."""
 
     NONE = 0
     TIME_LIMIT = 1
@@ -83,7 +83,10 @@ def raise_terminated() -> Iterator[None]:
 
 @contextmanager
 def keeping(what: str, is_some: Callable[[], bool]) -> Iterator[None]:
-    """Add a note to the exception of a stop: whether there is some of `what`, which the same command then continues."""
+    """Add a note to the exception of a stop: whether any of `what`, such as "finished features", is kept.
+
+    If so, the same command resumes from there; otherwise it starts from the beginning.
+    """
     try:
         yield
     except (KeyboardInterrupt, Terminated) as stopped:
@@ -116,8 +119,8 @@ class PreemptionHandler:
     """Catches the signals of `STOP_SIGNALS` and checks the time limit.
 
     Use it as a context manager around as much as possible: a signal that arrives during imports or while data is opened
-    is remembered until all ranks can act on it together. Within `stepping` the first SIGINT is remembered too;
-    otherwise, and at the second one, it raises KeyboardInterrupt. Outside the main thread only the time limit counts.
+    is remembered until all ranks can act on it together. SIGINT raises KeyboardInterrupt, except that within `stepping`
+    the first SIGINT is remembered, too. Outside the main thread only the time limit counts.
 
     Args:
         minutes: the time limit, from now; 0: none.
@@ -165,8 +168,9 @@ def prevent_restart() -> None:
     """Stop torchrun from restarting this job. Call it before an intended exit or a repeatable error.
 
     Without a launcher it does nothing. First, this process ignores all stop signals except SIGINT: torchrun sends
-    SIGTERM to the other ranks when one has left, and that must not change their exit status. Then local rank 0 ends a
-    torchrun that would restart the job (--max-restarts), because torchrun takes every status other than 0 as a failure.
+    SIGTERM to the other ranks when one has left, and this signal must not change their exit status. Then local rank 0
+    ends a torchrun that would restart the job (--max-restarts), because torchrun takes every status other than 0 as a
+    failure.
     """
     if "WORLD_SIZE" not in os.environ:
         return

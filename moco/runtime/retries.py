@@ -1,4 +1,4 @@
-"""Print a single line while the library huggingface_hub retries to reach the Hub, instead of two for each attempt."""
+"""Print one line while the library huggingface_hub retries to reach the Hub, instead of two lines an attempt."""
 
 import logging
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from moco.runtime.console import log
 
 _LOGGER = "huggingface_hub.utils._http"
+# Parts of the lines that the library prints for each failed attempt.
 _ATTEMPTS = ("thrown while requesting", "Retrying in", "Rate limited")
 
 

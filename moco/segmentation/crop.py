@@ -14,7 +14,7 @@ from moco.data.decode import ImageError
 from moco.data.keyed import keyed_uniform
 from moco.segmentation.masks import IGNORED, MaskedImages
 
-DRAWS = 4  # scale, top, left, flip
+DRAWS = 4  # random numbers for a crop: scale, top, left, flip
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from moco.data.workers import in_order
 from moco.evaluation.subsets import split_copies
 from moco.runtime.console import progress_bar
 
-WORKERS = "masks.workers"  # the field, for errors
+WORKERS = "masks.workers"  # the field for the number of loader processes, named in errors
 IGNORED = 255  # the value of a pixel without a class, in every mask that `MaskedImages` returns
 
 VOC_CLASSES = (
@@ -36,7 +36,7 @@ CITYSCAPES_CLASSES = (  # the 19 of the benchmark
     *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation"),
     *("terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"),
 )
-# Their numbers in the files *_labelIds.png, from the authors' labels.py.
+# The numbers of these classes in the files *_labelIds.png, from the authors' labels.py.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 
@@ -62,10 +62,10 @@ class MaskedImages:
         return replace(self, pairs=tuple(self.pairs[row] for row in rows))
 
     def read(self, row: int) -> tuple[Tensor, NDArray[np.uint8]]:
-        """Return the image, uint8 (3, H, W), and the class of each pixel, (H, W); `IGNORED` where it has none.
+        """Return the image, uint8 (3, H, W), and the class of each pixel, (H, W); `IGNORED` for no class.
 
         Raises:
-            ImageError: if a file cannot be read, the two differ in size, or the mask has an unknown class.
+            ImageError: if a file cannot be read, image and mask differ in size, or the mask has an unknown class.
         """
         path, _ = self.pairs[row]
         mask = self.mask(row)
@@ -132,7 +132,7 @@ def count_classes(
     """Read all masks and return the number of pixels of each class, (256,); at `IGNORED` those without a class.
 
     Raises:
-        ImageError: for the first mask that cannot be used, so that none ends the training later.
+        ImageError: for the first mask that cannot be used, so that no such mask ends the training later.
     """
     total = np.zeros(256, dtype=np.int64)
     counted = closing(in_order(_Counted(images), range(len(images)), workers, WORKERS))
@@ -147,6 +147,8 @@ def count_classes(
 
 @dataclass(frozen=True)
 class _Counted:
+    """Counts the pixels of each class in the mask of an image, (256,), in a loader process."""
+
     images: MaskedImages
 
     def __call__(self, row: int) -> NDArray[np.int64] | ImageError:
@@ -157,6 +159,7 @@ class _Counted:
 
 
 def _table(classes: int, ignore: int) -> NDArray[np.int16]:
+    """Return `MaskedImages.table` for the classes 0 ... classes - 1; the value `ignore` means no class."""
     table = np.full(256, -1, dtype=np.int16)
     table[:classes] = np.arange(classes)
     table[ignore] = IGNORED
@@ -170,7 +173,7 @@ def _cityscapes_table() -> NDArray[np.int16]:
 
 
 def _folder(root: Path, field: str) -> list[tuple[str, str]]:
-    """Return the pairs of ROOT/images/NAME.* and ROOT/masks/NAME.*, sorted by name."""
+    """Return the paths of each image, ROOT/images/NAME.*, and its mask, ROOT/masks/NAME.*, sorted by name."""
     found: dict[str, dict[str, str]] = {}
     for kind in ("images", "masks"):
         folder = root / kind
@@ -197,7 +200,10 @@ def _folder(root: Path, field: str) -> list[tuple[str, str]]:
 
 
 def _voc(root: Path, split: str) -> list[tuple[str, str]]:
-    """Return the pairs of ImageSets/Segmentation/SPLIT.txt in `root`, or else in its VOC2012 or VOCdevkit/VOC2012."""
+    """Return the paths of image and mask for each name in ImageSets/Segmentation/SPLIT.txt.
+
+    This file is in `root`, or else in VOC2012 or VOCdevkit/VOC2012 below `root`.
+    """
     places = [root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"]
     base = next((each for each in places if (each / "ImageSets" / "Segmentation").is_dir()), None)
     if base is None:
@@ -234,7 +240,7 @@ def _existing(pairs: list[tuple[str, str]], split: str) -> list[tuple[str, str]]
 
 
 def _read_mask(path: str) -> NDArray[np.uint8]:
-    """Return the values of a mask file, (H, W); those of an image with a palette are its indices."""
+    """Return the values of a mask file, (H, W); of an image with a palette, the indices of its colors."""
     fix = "save it as a PNG with a palette or gray values, in which the value of a pixel is the number of its class"
     try:
         content = read_bytes(path)

@@ -51,7 +51,7 @@ def load_segmenter(path: str | Path) -> Segmenter:
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ForeignFileError: for another or a damaged file.
+        ForeignFileError: if the file is damaged, or is not a network of moco.segment.
     """
 
     def build(encoder: EncoderFile, about: dict[str, Any]) -> nn.Module:

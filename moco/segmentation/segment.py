@@ -55,13 +55,13 @@ class Segmentation:
     """What all encoders and seeds share: the configuration, the encoder files and the images."""
 
     config: SegmentConfig
-    own: EncoderFile  # that of run or checkpoint
-    given: dict[str, EncoderFile]  # by the entries of `encoders`
+    own: EncoderFile  # the encoder that the field run or checkpoint names
+    given: dict[str, EncoderFile]  # the file of each entry of the field `encoders`
     output: Path
     train: MaskedImages
     held_out: MaskedImages
     pixels: list[list[int]]  # number of pixels of each class, for each split
-    shared: int  # held-out images that are training images, too
+    shared: int  # number of held-out images that are training images, too
     supervision: Supervision
 
     @cached_property
@@ -92,19 +92,19 @@ class Segmented:
 
     @property
     def mean(self) -> tuple[float, float | None]:
-        """The mIoU, and half of Student's 95 % interval if there are several seeds."""
+        """The mean mIoU over seeds, and half of Student's 95 % interval, which is None for a single seed."""
         return mean_interval([each.mean for each in self.overlaps])
 
 
 def evaluate_segment(config: SegmentConfig, preemption: PreemptionHandler | None = None) -> list[Segmented]:
     """Train and evaluate a network on each configured encoder with each seed; the same result on every rank.
 
-    If `preemption` is None, this function catches the signals itself.
+    If `preemption` is None, this function itself catches the signals that stop a run.
 
     Raises:
         ConfigError, ImageError, FileNotFoundError, ValueError: for an unsuitable encoder or data set.
         NonFiniteLoss: if the training diverges.
-        Preempted: if a signal or `config.stop_after` stopped it before its end.
+        Preempted: if a signal or `config.stop_after` stopped the training before its end.
     """
     with supervised(config, preemption) as supervision:
         run = _set_up(config, supervision)
@@ -148,7 +148,7 @@ def _set_up(config: SegmentConfig, supervision: Supervision) -> Segmentation:
 def _with_classes(
     train_split: MaskedImages, held_out: MaskedImages, counts: list[Any], ignore: int
 ) -> tuple[MaskedImages, MaskedImages]:
-    """Name the classes by their numbers if the configuration does not; log the classes without training pixels."""
+    """Name the classes by their numbers if the configuration has no names; log classes without training pixels."""
     pixels = np.stack(counts)[:, :IGNORED]  # (2, 255)
     ignored = int(np.stack(counts)[:, IGNORED].sum())
     for name, each in zip(("training", "held-out"), pixels, strict=True):
@@ -213,7 +213,7 @@ def _train(run: Segmentation, training: ResumableTraining, on_step: Callable[[st
 
 
 def _identity(run: Segmentation, name: str, seed: int) -> dict[str, Any]:
-    """Return all that the training of one encoder and seed depends on, to recognize its saved state."""
+    """Return all that the training of one encoder and seed depends on, for comparison with a saved state."""
     settings = _settings(run.config)
     del settings["seeds"], settings["encoders"]
     settings |= {"classes": len(run.train.classes), "ignore": run.config.masks.ignore}

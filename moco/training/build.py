@@ -36,7 +36,7 @@ from moco.training.monitor import Monitor
 from moco.training.step import StepSettings
 from moco.training.teacher import load_teacher
 
-Labels = NDArray[np.int64]  # (samples,)
+Labels = NDArray[np.int64]  # the class of each training image, (images,)
 
 
 def open_data(config: TrainConfig, watchdog: Watchdog) -> tuple[Sources, Identity]:
@@ -78,7 +78,10 @@ def doctor_facts(config: TrainConfig, plan: Plan) -> Facts:
 
 
 def open_directory(config: TrainConfig) -> IO[str] | None:
-    """Open the run directory. Return its lock on rank 0, which holds until it is closed; None on other ranks."""
+    """Open the run directory. Return its open lock file on rank 0, and None on other ranks.
+
+    The lock holds until the file is closed.
+    """
     lock: list[IO[str]] = []
 
     def open_it() -> None:
@@ -109,7 +112,10 @@ def load_state(config: TrainConfig) -> Checkpoint:
 
 
 def load_weights(config: TrainConfig, method: nn.Module, state: Checkpoint) -> None:
-    """Load the weights of a checkpoint; with `shard`, on rank 0 only, see `load_state`. Others get them afterwards."""
+    """Load the weights of a checkpoint; with `shard`, on rank 0 only, see `load_state`.
+
+    With `shard`, the other ranks get the weights afterwards.
+    """
     if config.shard:
         on_rank_zero(lambda: method.load_state_dict(state["method"]))
     else:
@@ -170,7 +176,7 @@ def step_settings(
 
 @torch.no_grad()
 def _refuse_mixed_weights(config: TrainConfig, method: nn.Module, device: torch.device) -> None:
-    """Raise ConfigError for an encoder that FSDP cannot gather: it calls the `forward` of a layer, not the layer."""
+    """Raise ConfigError if FSDP cannot gather the weights: some encoders call a layer's `forward`, not the layer."""
     encoder, size = method.get_submodule("encoder"), config.augment.size
     try:
         with evaluating(encoder):
@@ -191,7 +197,7 @@ def make_optimizer(config: TrainConfig, method: nn.Module, state: Checkpoint) ->
 
 
 def _compiler_options() -> dict[str, Any]:
-    """Turn off a fusion of torch 2.14's compiler for GPUs that fails in the backward pass of BN over groups."""
+    """Return options without a fusion of torch 2.14's compiler that fails in the backward pass of BN over groups."""
     from torch._inductor import config  # takes a second
 
     name = "mix_order_reduction"
@@ -209,5 +215,5 @@ def make_monitor(
         keys_per_step=config.batch_size * config.method.keys_per_image,
         shuffled=config.model.shuffle_keys and config.model.bn == "grouped",
         precision=PRECISIONS[precision],
-        every=config.log_every * config.analyse_every if micro_batch > 1 else 0,  # one sample has no spread
+        every=config.log_every * config.analyse_every if micro_batch > 1 else 0,  # a single image has no spread
     )

@@ -6,7 +6,7 @@ from moco.config import CheckpointConfig
 
 
 class CheckpointSchedule:
-    """Measures the training time of a run, of which `seconds` were before this attempt; decides when to save."""
+    """Measures the training time of a run, and decides when to save. `seconds` is the time of earlier attempts."""
 
     def __init__(self, config: CheckpointConfig, steps_per_epoch: int, seconds: float) -> None:
         self._config, self._steps_per_epoch, self._earlier = config, steps_per_epoch, seconds

@@ -19,8 +19,8 @@ from moco.distributed import world_size
 from moco.models.backbones import published_images
 from moco.models.norm import GroupedBatchNorm
 
-GRADIENT_ERROR = 0.2  # relative; 0.02 between float32 and float64, measured for a ResNet-50 with 224 pixels
-MAX_BRIGHTNESS_SHIFT = 4  # standard deviations; 0.85 to 1.7 in the published recipes
+GRADIENT_ERROR = 0.2  # largest relative error; float32 and float64 differ by 0.02, measured for a ResNet-50 at 224 px
+MAX_BRIGHTNESS_SHIFT = 4  # largest shift of the mean in standard deviations; it is 0.85 to 1.7 in published recipes
 
 
 def check_against_data(config: TrainConfig, plan: Plan, sources: Sources | None = None) -> None:
@@ -66,7 +66,7 @@ def check_gradients(config: TrainConfig, encoder: nn.Module, device: torch.devic
     https://github.com/pytorch/pytorch/issues/175189.
 
     Raises:
-        ConfigError: if they differ by more than `GRADIENT_ERROR`.
+        ConfigError: if the two gradients differ by more than `GRADIENT_ERROR`.
     """
     size, noise = config.augment.size, torch.Generator().manual_seed(0)
     x = torch.randn(16, config.data.channels, size, size, generator=noise)
@@ -122,9 +122,10 @@ def warn_of_other_normalization(config: TrainConfig, trained: str, images: Mappi
     """Warn if the start weights were trained on images with another mean or standard deviation.
 
     Args:
-        config: the run's.
+        config: the configuration of the run.
         trained: the field that names the weights, with its value.
-        images: their "mean" and "std", if known; ignored if they are for another number of channels.
+        images: "mean" and "std" of the images on which the weights were trained, if known. Values for another number of
+            channels are ignored.
     """
     known = [name for name in ("mean", "std") if len(images.get(name, ())) == config.data.channels]
     named = ((name, list(images[name])) for name in known)

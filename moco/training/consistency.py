@@ -24,13 +24,13 @@ from moco.untrusted import refuse_special_file
 PER_MACHINE = ("data.root", "data.more_roots", "data.eval_root", "data.label_file", "data.workers", "device", "threads")
 
 NAMES = "image_names.gz"  # in the run directory; lists the names so that an error can name the images that have changed
-MOST_NAMES = 100_000
+MOST_NAMES = 100_000  # a data set with more images has no such file
 
 Identity = dict[str, Any]
 
 
 def identity(source: Source) -> Identity:
-    """Identify the images of a source: {"length": N, "sha256": of the names, and of the size of images in memory}."""
+    """Return {"length": N, "sha256": the digest of the names, and of the size of images in memory} of a source."""
     return {"length": len(source), "sha256": names_digest(source, with_size=True)}
 
 
@@ -49,7 +49,7 @@ def _changed_names(run: Path, source: Source) -> str:
         refuse_special_file(run / NAMES)
         with gzip.open(run / NAMES) as file:
             before = file.read(MOST_NAMES * 4096).split(b"\0", MOST_NAMES)
-    except (OSError, ValueError, EOFError, zlib.error):  # none was written, or it is damaged
+    except (OSError, ValueError, EOFError, zlib.error):  # no file was written, or it is damaged
         return ""
     now = list(source.encoded_names())
     parts = []
@@ -109,7 +109,7 @@ def open_consistently(open_data: Callable[[], Sources]) -> tuple[Sources, Identi
     def identities() -> dict[str, Identity]:
         opened.append(open_data())
         parts = {"training": opened[0].train, "reference": opened[0].bank, "held-out": opened[0].held_out}
-        known = {id(part): identity(part) for part in parts.values() if part is not None}  # splits can be equal
+        known = {id(part): identity(part) for part in parts.values() if part is not None}  # two splits can be equal
         return {name: known[id(part)] for name, part in parts.items() if part is not None}
 
     fix = "give every machine the same data, with the same names, under data.root, data.more_roots and data.eval_root"

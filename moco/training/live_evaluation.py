@@ -1,4 +1,4 @@
-"""Evaluation while training: kNN accuracy on a labeled held-out split, or instance retrieval without one."""
+"""Evaluation during training: kNN accuracy on a labeled held-out split, else instance retrieval."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,8 +34,8 @@ BASELINES = {"raw_pixels": "raw pixels", "untrained": "untrained", "initialized"
 class LiveEvaluation:
     """Evaluates the encoder every few epochs and keeps the history of the results.
 
-    With labeled reference and held-out images the result is the accuracy of the kNN classifier; without, it is the
-    retrieval at 1 of `moco.evaluation.instance_retrieval`, on training images.
+    With labeled reference and held-out images, the result is the accuracy of the kNN classifier. Without such images,
+    the result is the retrieval at 1 of `moco.evaluation.instance_retrieval`, on training images.
 
     `heartbeat` is called regularly during an evaluation.
     """
@@ -186,9 +186,9 @@ def live_knn(
     heartbeat: Callable[[], None],
     probe: OnlineProbe | None = None,
 ) -> dict[str, Accuracy]:
-    """Return accuracies by name: "knn" of the current encoder, and "probe" of the online probe, if there is one.
+    """Return accuracies by name: "knn" of the current encoder, and "probe" of the online probe unless it is None.
 
-    With `with_pixels` and evaluate.raw_pixels also that of raw pixels, "raw_pixels".
+    If `with_pixels` and evaluate.raw_pixels are true, the result also has the accuracy of raw pixels, "raw_pixels".
     """
     evaluate, augment, bank, held_out = config.evaluate, config.augment, sources.bank, sources.held_out
     assert bank is not None

@@ -141,8 +141,8 @@ def _check_finite(
     The loss is averaged over the ranks, and the norm is that of the averaged gradient, so all ranks decide the same.
 
     Raises:
-        NonFiniteLoss: if either is not finite, except for a gradient that overflows in fp16 at a scale of 1 or more:
-            then the step is skipped, and the scaler halves its scale.
+        NonFiniteLoss: if the loss or the norm is not finite, except for a gradient that overflows in fp16 at a scale of
+            1 or more: then the step is skipped, and the scaler halves its scale.
     """
     finite_loss, finite_norm = torch.isfinite(torch.stack([loss, norm])).tolist()
     if finite_loss and finite_norm:

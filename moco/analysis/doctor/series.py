@@ -23,7 +23,7 @@ class Facts(NamedTuple):
     momentum: float | None  # of the momentum encoder; None without one
     queue_size: int  # K; 0 without a queue: the negatives are the batch
     dataset_size: int  # images
-    keys_per_step: int  # of the global batch: images times keys per image, 2 for a symmetric loss
+    keys_per_step: int  # global batch size times keys per image (2 for a symmetric loss)
     mask_own_keys: bool = True
     supervised: bool = False  # the labels define the positives
     epochs: float = math.inf  # of the complete run; inf if unknown
@@ -53,7 +53,7 @@ Check = Callable[[Series, Facts], Alarm | None]
 
 
 def latest(series: Series, name: str) -> float:
-    """Return the mean of the newest records; nan without a record."""
+    """Return the mean of the `LATEST` newest records; nan if there is no record."""
     values = series.get(name, ())
     return fmean(values[-LATEST:]) if values else math.nan
 
@@ -90,7 +90,7 @@ def at_chance(series: Series, facts: Facts) -> int:
 
 
 def once_full(series: Series, name: str) -> Sequence[float]:
-    """Return the records made with a full queue: before that, its random initial keys make the loss low and rising."""
+    """Return the records made with a full queue: before, random initial keys make the loss low and rising."""
     values, fill = series.get(name, ()), series.get("train/queue_fill", ())
     full = next((len(fill) - i for i, share in enumerate(fill) if share >= 1), 0)  # both series end at the same step
     return values[max(0, len(values) - full) :] if fill else values

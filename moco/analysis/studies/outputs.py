@@ -52,9 +52,9 @@ def plain_features(network: nn.Module, source: Source, file: EncoderFile, device
 def augmented_views(source: Source, file: EncoderFile, device: torch.device) -> list[Tensor]:
     """Make two augmented views of each image with the run's own recipe, each (N, channels, S, S).
 
-    A view depends on the position of its image only, so all runs with one recipe are measured on the same views. The
-    random numbers are those that a training run with seed 0 uses in epoch 0 for the images at the same positions of its
-    data set.
+    The random numbers of a view depend only on the position of its image in `source`, so all runs with one recipe are
+    measured on the same views. A training run with seed 0 uses the same random numbers in epoch 0, for the images at
+    these positions of its data set.
     """
     made = []
     data = DataConfig(channels=file.channels, dtype=file.config["data"].get("dtype", DataConfig.dtype))
