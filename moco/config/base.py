@@ -221,8 +221,9 @@ class CommandConfig:
     """The field that every command has."""
 
     plugins: list[str] = bounded([], unique=True, example="plugins=[my_package.my_module]")
-    """Modules to import first, which add methods, data sets, ... of their own; see docs/howto/extend.md. A saved
-    run does not import its modules: name them again for each command that reads the run."""
+    """Plug-ins: Python modules that the command imports first, and that add methods, data sets and other parts; see
+    docs/howto/extend.md. A command that reads a saved run does not import the run's plug-ins by itself: set plugins for
+    that command too."""
 
 
 @dataclass
@@ -230,13 +231,13 @@ class ComputeConfig(CommandConfig):
     """The device of a command that computes, and how it computes there."""
 
     device: str = bounded("auto", choices=("auto", "cpu", "cuda", "mps"))
-    """Device for the computation. auto: a GPU for CUDA if there is one, else the CPU. mps: the GPU of a Mac, see
+    """Device for the computation. auto: a GPU for CUDA if the machine has one, else the CPU. mps: the GPU of a Mac, see
     docs/gpu.md."""
     threads: int = bounded(0, ge=0, le=512)
     """CPU threads per process; 0: the default of torch."""
     tf32: bool = False
     """On a GPU, compute convolutions and matrix products of float32 numbers in TF32, which is several times faster and
-    rounds to 10 bits of mantissa instead of 23. It has no effect on what is computed in bf16 or fp16."""
+    rounds to 10 bits of mantissa instead of 23. Computations in bf16 and fp16 do not change."""
 
 
 @dataclass
@@ -246,12 +247,14 @@ class StoppableConfig(ComputeConfig):
     log_every: int = bounded(10, ge=1)
     """Write a record to metrics.jsonl, and by default to TensorBoard, every N steps."""
     stop_after: float = bounded(0.0, ge=0)
-    """Minutes from the start of the command after which the run saves and exits with status 75; run the same command to
-    resume it. 0: never. Set it to a job's time limit minus the time of a step, an evaluation and a checkpoint."""
+    """Minutes from the start of the command after which the command saves its state and exits with status 75; run the
+    same command again to resume. 0: never. For a job on a cluster, set stop_after to the job's time limit minus the
+    time of a step, an evaluation and a checkpoint."""
     hang_after: float = bounded(15.0, ge=0)
     """Minutes without progress on any rank after which the run exits with status 69 and names the rank that hangs; 0:
-    wait forever. Progress is a finished step or a part of other work, such as a batch of an evaluation. Set it above
-    the duration of the longest step, including a checkpoint, and of opening the data."""
+    wait forever. Progress is a finished step or a part of other work, such as a batch of an evaluation. Set hang_after
+    above the duration of the longest step, including the time to save a checkpoint, and above the time to open the
+    data."""
 
 
 @dataclass
@@ -260,7 +263,7 @@ class ResumableConfig(StoppableConfig):
 
     save_every: int = bounded(100, ge=0)
     """Steps between two saves of the training state, from which the same command resumes. The state is also saved when
-    the command is stopped, and after the last step; 0: only then."""
+    the command is stopped, and after the last step; 0: the state is saved at these two times only."""
 
 
 def refuse_on_mps(config: ComputeConfig, *given: str) -> None:

@@ -17,13 +17,13 @@ class CheckDataConfig(CommandConfig):
     output: str = bounded("check_data.json", min_length=1, path=True, example="output=check_data.json")
     """File for the report, which lists the files with each kind of problem; by default in the current directory."""
     listed: int = bounded(1000, ge=1)
-    """Largest number of files per kind of problem that the report names. All files are counted."""
+    """The report names at most this number of files for each kind of problem. It counts all files with a problem."""
     stats: bool = False
     """Also compute the mean and the standard deviation of each channel over all training images, for augment.mean and
-    augment.std. They are in the report and in the suggested command."""
+    augment.std. The report, and the moco.train command that moco.check_data suggests, contain these numbers."""
     budget: int = bounded(BUDGET, ge=1)
-    """For a small data set, choose the epochs of the suggested run so that epochs times images is about this number;
-    40000: about ten minutes on a laptop."""
+    """For a small data set: approximate product of epochs and images in the moco.train command that moco.check_data
+    suggests. With 40000 that command takes about ten minutes on a laptop."""
 
 
 def check_check_data(config: CheckDataConfig) -> None:

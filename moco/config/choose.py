@@ -18,11 +18,13 @@ class ChooseConfig(ComputeConfig):
     images: int = bounded(2000, ge=2)
     """Number of training images, drawn once, on which the label-free measures are computed; all if there are fewer."""
     labels: bool = True
-    """If the images have labels, report how well each measure agrees with the accuracy; false: ignore labels."""
+    """If the images have labels, report how well each measure agrees with the accuracy of a kNN classifier and of a
+    linear probe; false: ignore the labels."""
     labels_per_class: int = bounded(1, ge=1)
     """Labeled images per class of the kNN classifier whose accuracy is compared with the measures."""
     draws: int = bounded(100, ge=1)
-    """Number of random draws of the kNN classifier's labeled images. Its accuracy is the mean over the draws."""
+    """Number of random draws of the kNN classifier's labeled images. The classifier's accuracy is the mean over the
+    draws."""
     probe_labels_per_class: int = bounded(10, ge=1)
     """Labeled images per class of the linear probe whose accuracy is also compared with the measures."""
     data: SubjectDataConfig = field(default_factory=SubjectDataConfig)

@@ -28,17 +28,20 @@ class ConvertConfig(SubjectConfig):
     to: str = bounded("", choices=tuple(ENDINGS))
     """Format of the file. `python -m moco.convert --help` lists the networks that each format supports."""
     output: str = bounded("", path=True)
-    """File to write, with an ending of the format, e.g. encoder.onnx. For to=hub a folder."""
+    """File to write. Its name must end as the format requires, e.g. encoder.onnx for to=onnx. For to=hub: folder to
+    write."""
     overwrite: bool = False
-    """Replace an existing file. In a folder of to=hub, other files stay."""
+    """Replace an existing file. For to=hub, other files in the folder `output` are kept."""
     upload: str = bounded("", example="upload=me/my-encoder")
-    """For to=hub: the repository USER/NAME on the Hugging Face Hub to which the folder is uploaded. It is created as a
-    private one if it does not exist. Empty: nothing is uploaded."""
+    """For to=hub: the repository USER/NAME on the Hugging Face Hub to which the folder is uploaded. A repository that
+    does not exist is created, as a private one. Empty: nothing is uploaded."""
     public: bool = False
-    """Create the repository of `upload` as a public one; also required to upload to one that is already public."""
+    """Create the repository of `upload` as a public one. To upload to a repository that is already public, public=true
+    is required too."""
     pictures: int = bounded(16, ge=1)
-    """Number of images for the check that encoder and file compute the same features. They come from `data` or the run;
-    if neither is available, they are digits from scikit-learn, or random numbers for other channels than RGB."""
+    """Number of images on which the features of the written file are compared with those of the encoder. The images
+    come from `data` or from the data set of the run. If neither is available, they are digits from scikit-learn, or
+    random numbers if the encoder does not take RGB images."""
 
 
 def check_convert(config: ConvertConfig) -> None:

@@ -19,32 +19,34 @@ class SourceConfig:
     """The data set: digits, cifar10, cifar100, stl10, imagenet, folder, video, shards, huggingface or webdataset
     (webdataset works with moco.train only)."""
     root: str = bounded("data", path=True)
-    """The folder that holds the data set, or into which it is downloaded. For `folder`: the folder of images, for
-    `video` that of video files. For `shards`: the output of moco.pack. For `huggingface`: a name on the hub, or a
-    folder. For `webdataset`: paths or URLs of tar files, in which {000000..000099} expands to 100 numbers."""
+    """The folder that holds the data set, or into which it is downloaded. For `folder`: the folder of images. For
+    `video`: the folder of video files. For `shards`: the output of moco.pack. For `huggingface`: a name on the hub, or
+    a folder. For `webdataset`: paths or URLs of tar files, in which {000000..000099} expands to 100 numbers."""
     download: bool = False
-    """Download CIFAR or STL-10 into root if it is not there."""
+    """Download CIFAR or STL-10 into root if root does not contain it."""
     frame_interval: float = bounded(1.0, ge=0, le=86_400, example="data.frame_interval=0.5")
-    """For `video`: length of an interval in seconds. The first frame of each interval is an image; the first interval
-    begins at the first frame of the file. 0: every frame is an image."""
+    """For `video`: length of an interval in seconds. Each file is divided into intervals of this length, from its first
+    frame on, and the first frame of each interval is used as an image. 0: every frame is used."""
     labels: str = bounded("none", choices=("none", "folder"))
     """For `folder` and `video`: none, or folder (the first-level folder names are the classes)."""
     eval_root: str = bounded("", path=True)
-    """For `folder` and `video` with labels: a folder of held-out images, with class folders as in root; some may be
-    missing."""
+    """For `folder` and `video` with labels: a folder of held-out images, with a class folder for each class of root, or
+    for some of the classes."""
     more_roots: list[str] = bounded([], path=True, unique=True, example="'data.more_roots=[IMAGES]'")
     """For `folder` and `video`: further folders, used together with root. Image names then begin with the number of
     the folder: 0 for root, 1 for the first of more_roots. With labels=folder each folder has class folders."""
     label_file: str = bounded("", path=True)
     """For `folder` and `video`: a CSV or Parquet file with the columns path (relative to root), label (a text or a
     whole number) and, optionally, split. It must have one row for each image or video file; a row with `unused` as its
-    split needs no label, and its file is not used. Replaces `labels` and `eval_root`."""
+    split needs no label, and the image or video of that row is not used. label_file replaces `labels` and
+    `eval_root`."""
     label_separator: str = bounded("", example="'data.label_separator=\";\"'")
-    """For label_file: the text between the labels of an image that has several, such as ; or |. An image without labels
-    then has none of the classes. Empty: one label per image, unless the column `label` of a Parquet file has lists."""
+    """For label_file: the text between the labels of an image that has several, such as ; or |. An image whose label is
+    empty then has none of the classes. If label_separator is empty, each image has one label, unless the column `label`
+    of a Parquet file has lists."""
     resident: bool = False
-    """For `folder`, `imagenet`, `video`, `shards`, `huggingface`: keep all images decoded in memory. They must have
-    one size."""
+    """For `folder`, `imagenet`, `video`, `shards`, `huggingface`: keep all images decoded in memory. All images must
+    have the same size."""
     bits: int | None = bounded(None, ge=8, le=16)
     """For images with 16 bits per channel and dtype=uint8: the number of significant bits (12: 0 ... 4095 becomes black
     ... white). Null: the smallest of 8, 10, 12, 14 and 16 that holds the values of 32 images from all parts of the data
@@ -54,28 +56,30 @@ class SourceConfig:
     the bands of TIFF, NPY and NPZ files, for `folder`, `shards`, `huggingface` and `webdataset`. In moco.train, set
     augment.mean and augment.std, one number per channel, to those that moco.check_data stats=true computes."""
     dtype: str = bounded("uint8", choices=("uint8", "uint16", "float32"))
-    """Type of the pixels, in the files and on their way to the device: uint8 (0 ... 255; gray and color files of 16
-    bits are converted), uint16 (0 ... 65535), or float32 (any range; files of other types are converted unscaled).
-    uint8 and uint16 are divided by 255 and 65535 on the device, float32 is not scaled."""
+    """Data type of the pixels after a file is read, until they are on the device: uint8 (0 ... 255; gray and color
+    files of 16 bits are converted), uint16 (0 ... 65535), or float32 (any range; files of other types are converted
+    without scaling). uint8 and uint16 are divided by 255 and 65535 on the device, float32 is not scaled."""
     preview: list[int] = bounded([], ge=0, max_length=3)
     """Channels that galleries, reports and views.png show as red, green and blue, counted from 0, such as [3,2,1]; one
-    number: that channel in gray. Empty: the first three, or the first if there are fewer."""
+    number: that channel in gray. Empty: the first three channels, or the first one of images with fewer than three
+    channels."""
     workers: int | None = bounded(None, ge=0, le=256)
     """Loader processes per training process, for images that are not in memory; 0: load in the main process; null: the
-    number of CPU cores divided by the training processes on this machine, 1 to 16."""
+    number of CPU cores divided by the number of training processes on this machine, but at least 1 and at most 16."""
     subset: str = ""
-    """For `huggingface`: the name of the subset (the hub's "configuration") of a data set that has several."""
+    """For `huggingface`: the name of the subset (the hub's "configuration") of a data set that has several subsets."""
     split: str = "train"
     """For `huggingface` and label_file: the name of the training split."""
     eval_split: str = ""
-    """For `huggingface` and label_file: the held-out split; empty: the first of test, validation, valid and val that
-    has labels."""
+    """For `huggingface` and label_file: the name of the held-out split; empty: the first of test, validation, valid and
+    val that has labels."""
     image_column: str = ""
     """For `huggingface`: the column of images; empty: the only column of images."""
     label_column: str = ""
-    """For `huggingface`: the column of labels, or `none` to ignore labels; empty: the only column of class labels, if
-    there is one. A label is a text, a whole number, true or false. Missing, empty, NaN and -1 mean unlabeled; a split
-    whose images are partly unlabeled is refused. In a column of lists, an image has any number of labels."""
+    """For `huggingface`: the column of labels, or `none` to ignore labels; empty: the column of class labels, if
+    exactly one column has such labels. A label is a text, a whole number, true or false. An image whose label is
+    missing, empty, NaN or -1 is unlabeled. A split in which only some images are unlabeled is refused. In a column of
+    lists, an image has any number of labels."""
 
 
 @dataclass
@@ -85,11 +89,12 @@ class DataConfig(SourceConfig):
     length: int = bounded(0, ge=0)
     """For `webdataset`: the number of images per epoch, because a stream has no length."""
     shuffle_buffer: int = bounded(1000, ge=1)
-    """For `webdataset`: images that each loader process holds in memory, still encoded, to shuffle their order."""
+    """For `webdataset`: number of encoded images (such as JPEG) that each loader process holds in memory, to shuffle
+    their order."""
     weights: list[float] = bounded([], gt=0, le=100, example="'data.weights=[1,3]'")
-    """For `folder` and `video`: how often an epoch draws each image of root and of each of more_roots. With [1,3] it
-    draws an image of the second folder three times, with different views each time; with [1,0.5] half of the images of
-    the second folder, a new random half in each epoch. Empty: each image once."""
+    """For `folder` and `video`: how often an epoch draws each image of root and of each of more_roots. With [1,3] an
+    epoch draws each image of the second folder three times, with different views each time. With [1,0.5] it draws half
+    of the images of the second folder, a new random half in each epoch. Empty: an epoch draws each image once."""
     allow_pipe: bool = False
     """For `webdataset`: allow `root` to be pipe:COMMAND, which runs COMMAND in a shell."""
     on_bad_image: str = bounded("raise", choices=("raise", "replace"))
@@ -117,17 +122,17 @@ def _inherited_fields_optional(schema: type[Schema]) -> type[Schema]:
 class SubjectDataConfig(SourceConfig):
     """The images that a command uses and, if it needs them, their labels. A field that is null has the run's value.
 
-    If name or root differs from the run's, a field that is null has the default of `DataConfig` instead, except
-    name, channels, dtype, bits and preview. If the description of a field explains null, it means null in the run or as
-    the default. A checkpoint outside of a run directory provides no paths: set root (except for digits) and, where they
-    are needed, label_file, eval_root and more_roots.
+    If name or root differs from the run's, a field that is null has the default of `DataConfig` instead, except name,
+    channels, dtype, bits and preview. Two fields, bits and workers, can be null in the run or by default too; their
+    descriptions explain that null. A checkpoint outside of a run directory provides no paths: set root (except for
+    digits) and, where they are needed, label_file, eval_root and more_roots.
     """
 
     hold_out: float = bounded(0.0, ge=0, lt=1)
     """For evaluations with labels, on data without a held-out split: the fraction of each class to hold out; 0: refuse
-    such data. Images with the same content stay on one side, and so do the frames of a video. Data whose labels the
-    encoder was trained with cannot be split in this way. moco.choose, moco.embed, moco.report and moco.search refuse
-    this field."""
+    such data. Copies of an image are all held out or all used for training; the same applies to the frames of a video.
+    Data whose labels the encoder was trained with cannot be split in this way. moco.choose, moco.embed, moco.report and
+    moco.search refuse this field."""
 
     def overrides(self) -> dict[str, Any]:
         """Return the fields of `DataConfig` that are not null."""

@@ -17,21 +17,24 @@ class FinetuneConfig(ResumableConfig, SubjectConfig):
     """Encoders to start from: pretrained, untrained (the same network with random weights), or both. [untrained] with
     fraction=1.0 is the supervised baseline."""
     fraction: float | None = bounded(None, gt=0, le=1)
-    """Fraction of the training images of each class that have a label, at least one image per class. Null: use
-    labels_per_class or subset_list; if neither is set, 0.01."""
+    """Fraction of the training images of each class that the training uses, with their labels; at least one image per
+    class. Null: labels_per_class or subset_list selects the images; if neither is set, the fraction is 0.01."""
     labels_per_class: int = bounded(0, ge=0)
     """Labeled training images per class; 0: use fraction or subset_list."""
     subset_list: str = bounded("", path=True)
-    """List of the labeled training images, one name per line, such as SimCLR's 1percent.txt; empty: no list."""
+    """File with the names of the labeled training images, one name per line, such as SimCLR's 1percent.txt; empty: no
+    file."""
     seeds: int = bounded(1, ge=1)
-    """Repetitions, with seeds `seed`, `seed` + 1, ... Initial weights, order and views differ; with
-    labels_per_class, or a fraction below 1, the labeled images differ too."""
+    """Number of trainings per encoder, with the seeds `seed`, `seed` + 1, ... They differ in the random initial
+    weights, the order of the images and the views; with labels_per_class, or a fraction below 1, also in the labeled
+    images."""
     epochs: int = bounded(100, ge=1)
     """Passes over the labeled images."""
     min_steps: int = bounded(0, ge=0)
-    """Smallest number of steps. If `epochs` passes have fewer, more epochs follow."""
+    """Smallest number of steps. If `epochs` epochs have fewer steps, the number of epochs is raised."""
     batch_size: int = bounded(128, ge=1)
-    """Images per step, over all processes. It is lowered to the number of labeled images if that is smaller."""
+    """Images per step, over all processes. If there are fewer labeled images, the batch size is lowered to their
+    number."""
     optimizer: str = bounded("sgd", choices=("sgd", "adamw"))
     """The optimizer."""
     lr: float = bounded(0.01, gt=0)
@@ -49,29 +52,31 @@ class FinetuneConfig(ResumableConfig, SubjectConfig):
     exclude: list[str] = bounded([], choices=("bias", "norm"))
     """Weights without weight decay: bias (all biases), norm (the weights of normalization layers)."""
     warmup: float = bounded(0.0, ge=0, lt=1)
-    """Fraction of the steps in which the lr rises linearly to its peak."""
+    """Fraction of the steps, at the start of the training, in which the lr rises linearly to its peak."""
     layer_decay: float | None = bounded(None, gt=0, le=1)
     """For vision transformers and networks of timm: the ratio of a layer's lr to that of the next layer toward the
     output. Biases and other vectors of the backbone then have no weight decay. Null: the same lr for all layers."""
     drop_path: float | None = bounded(None, ge=0, lt=1)
-    """For vision transformers and networks of timm: probability of skipping the deepest block in training
+    """For vision transformers and networks of timm: probability with which the training skips the last block
     (stochastic depth); null: the network's own value."""
     label_smoothing: float = bounded(0.0, ge=0, lt=1)
     """Fraction of each target that is spread evenly over all classes; 0: no smoothing."""
     mixup: float = bounded(0.0, ge=0)
-    """MixUp's alpha, of Beta(alpha, alpha); 0: off. With cutmix as well, each step uses one of them at random."""
+    """MixUp's alpha, of Beta(alpha, alpha); 0: off. If cutmix is above 0 too, each step uses one of the two at
+    random."""
     cutmix: float = bounded(0.0, ge=0)
     """CutMix's alpha, of Beta(alpha, alpha); 0: off."""
     bn: str = bounded("sync", choices=("sync", "frozen"))
     """Batch normalization: sync (statistics of the global batch), or frozen (the encoder's running statistics)."""
     precision: str = bounded("fp32", choices=("fp32", "bf16"))
-    """Precision of the computation."""
+    """Number format of the computation."""
     validation: float = bounded(0.0, ge=0, lt=1)
     """For choosing settings: fraction of the training split, taken from each class, to evaluate on; training uses the
     other images. 0: evaluate on the held-out split."""
     view: dict[str, Any] = field(default_factory=dict)
-    """Fields of the training augmentation to change, each as +view.NAME=VALUE; docs/config/augment.md lists them. The
-    others are those of the run's first view; without a run, crops of 8 to 100 % of the area and a horizontal flip."""
+    """Fields of the training augmentation to change, each as +view.NAME=VALUE; docs/config/augment.md lists the fields.
+    All other fields keep the values of the run's first view. Without a run, the augmentation is a crop of 8 to 100 % of
+    the area and a horizontal flip."""
 
 
 def check_finetune(config: FinetuneConfig, processes: int = 1) -> None:

@@ -11,19 +11,23 @@ class KnnConfig(SubjectConfig):
     """Evaluate an encoder with a weighted k-nearest-neighbor (kNN) classifier on frozen features."""
 
     k: list[int] = bounded([200], ge=1, min_length=1, example="k=[20]")
-    """Number of neighbors that vote. Of several values, the one with the best leave-one-out accuracy is used."""
+    """Number of neighbors that vote. If several values are given, the one with the best leave-one-out accuracy on
+    training images is used."""
     # The lower bound exists because similarities are divided by the temperature in float32.
     temperature: list[float] = bounded([0.1], ge=1e-6, min_length=1, example="temperature=[0.1]")
-    """Temperature of the votes, exp(cosine / temperature). Of several values, the best is chosen together with k."""
+    """Temperature of the votes: the vote of a neighbor has the weight exp(cosine similarity / temperature). If several
+    values are given, the best combination of k and temperature is used."""
     features: str = bounded("backbone", choices=("backbone", "projection"))
-    """Features to compare: backbone (the backbone's output), or projection (the embedding that the loss compares; the
-    checkpoint must hold the projection head)."""
+    """Features to compare: backbone (the backbone's output), or projection (the embedding that the loss compares, from
+    the projection head, which the checkpoint must contain)."""
     choose_on: int = bounded(10000, ge=1)
-    """Number of training images, drawn once, on which k and temperature are chosen; all if there are fewer."""
+    """Number of training images, drawn once, on which k and temperature are chosen; all training images if there are
+    fewer."""
     labels_per_class: int = bounded(0, ge=0)
-    """Use N labeled training images per class and average over random draws of them; 0: use all labels."""
+    """Use only N labeled training images per class, drawn at random, and average the accuracy over many draws; 0: use
+    all labels."""
     draws: int = bounded(100, ge=1)
-    """Number of draws with labels_per_class. The result is their mean."""
+    """Number of draws if labels_per_class is above 0. The result is the mean over the draws."""
     compare: list[str] = bounded(["untrained"], choices=("untrained", "pixels"))
     """Baselines to evaluate in the same way: untrained (the same network with random weights), pixels (raw pixels)."""
     half: bool = False

@@ -51,25 +51,27 @@ class LinearConfig(SubjectConfig):
     """Train and evaluate a linear classifier on a frozen encoder (a linear probe)."""
 
     protocol: str = "sweep"
-    """Name of the protocol in tables and results.json. protocol=NAME on the command line sets its values too."""
+    """Name of the protocol in tables and results.json. On the command line, protocol=NAME also sets all fields to the
+    values of that protocol."""
     kind: str = bounded("sweep", choices=("sweep", "official"))
     """Procedure of the protocol: sweep (uses the fields sweep.*) or official (uses official.* and augment.*)."""
     epochs: int = bounded(100, ge=1)
     """Passes over the training features or images."""
     batch_size: int = bounded(512, ge=1)
-    """Images per step, over all processes. If there are fewer training images, their number is used, or with
-    kind=official the largest power of two up to their number."""
+    """Images per step, over all processes. If there are fewer training images, the batch size is lowered: to their
+    number, or with kind=official to the largest power of two up to their number."""
     momentum: float = bounded(0.9, ge=0, lt=1)
     """Momentum of SGD."""
     seeds: int = bounded(1, ge=1)
-    """Repetitions with different orders, views, initial weights and validation parts. The result is their mean with a
-    95 % interval (Student's t)."""
+    """Number of trainings, with different orders, views, initial weights and validation parts. The result is the mean
+    over the trainings, with a 95 % interval (Student's t)."""
     compare: list[str] = bounded([], choices=("untrained", "pixels"))
     """Baselines: untrained (the same network with random weights), pixels (raw pixels, for kind=sweep only)."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
     official: OfficialConfig = field(default_factory=OfficialConfig)
     augment: dict[str, Any] = field(default_factory=dict)
-    """For kind=official: fields of docs/config/augment.md. Set size, mean and std in `images` instead."""
+    """For kind=official: fields of the training augmentation; docs/config/augment.md lists the fields. Set size, mean
+    and std in `images`, not here."""
 
 
 def check_linear(config: LinearConfig, processes: int) -> None:

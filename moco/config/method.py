@@ -17,10 +17,12 @@ class MethodConfig:
     name: str = ""
     """The method; set by method=OPTION."""
     temperature: float = bounded(0.2, gt=0)
-    """Temperature T of the loss. A low T weights the most similar negatives most, a high T all negatives similarly."""
+    """Temperature T of the loss. With a low T, the most similar negatives have the largest weights; with a high T, all
+    negatives have similar weights."""
     temperature_schedule: str = bounded("constant", choices=("constant", "cosine", "learned"))
-    """constant; cosine (T oscillates between temperature_low and temperature_high; Kukleva et al., 2023); or learned (T
-    starts at `temperature` and stays between these limits; Radford et al., 2021, section 2.5)."""
+    """How T changes in a run: constant; cosine (T oscillates between temperature_low and temperature_high; Kukleva et
+    al., 2023); or learned (T starts at `temperature`, is trained, and stays between temperature_low and
+    temperature_high; Radford et al., 2021, section 2.5)."""
     temperature_low: float = bounded(0.1, gt=0)
     """Lowest T of temperature_schedule=cosine or learned."""
     temperature_high: float = bounded(1.0, gt=0)

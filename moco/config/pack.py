@@ -16,15 +16,15 @@ class PackConfig(CommandConfig):
     output: str = bounded("", min_length=1, path=True, example="output=/data/images_packed")
     """Directory for the shards and their index. Run the same command again to resume, or to check finished shards."""
     short_side: int = bounded(0, ge=0)
-    """Reduce images whose shorter side exceeds N pixels to N pixels; 0: reduce none. An image that is not reduced keeps
-    its file, with two exceptions: images without files of their own (frames of videos, CIFAR, STL-10, digits) become
-    PNG files; arrays, and images that are read with other channels than gray or RGB or with more than 8 bits
-    (data.channels, data.dtype), become NPY files."""
+    """Reduce each image whose shorter side exceeds N pixels to a shorter side of N pixels; 0: reduce no image. The file
+    of an image that is not reduced is packed unchanged, with two exceptions: images without files of their own (frames
+    of videos, CIFAR, STL-10, digits) become PNG files; arrays, and images that are read with other channels than gray
+    or RGB or with more than 8 bits (data.channels, data.dtype), become NPY files."""
     quality: int = bounded(90, ge=1, le=95)
     """JPEG quality of the images that are reduced."""
     shard_mb: float = bounded(256.0, gt=0, le=8000)
-    """Largest size of a shard in megabytes (1,000,000 bytes), to which the padding of tar files adds up to 12 kB. A
-    larger image has a shard of its own."""
+    """Largest size of a shard in megabytes (1,000,000 bytes); the padding of the tar file can add up to 12 kB. An image
+    that is larger than shard_mb has a shard of its own."""
     workers: int | None = bounded(None, ge=0, le=256)
     """Processes that read, check and reduce images; null: the value of data.workers."""
 

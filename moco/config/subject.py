@@ -9,12 +9,16 @@ from moco.config.data import SubjectDataConfig
 
 @dataclass
 class ImagesConfig:
-    """The preparation of images for the encoder. A null field has the run's or the file's value, else ImageNet's."""
+    """The preparation of images for the encoder.
+
+    A null field has the value of the run or of the checkpoint file, or ImageNet's value if neither has one.
+    """
 
     size: int | None = bounded(None, ge=1, le=65_536)
     """Side of the input images in pixels."""
     resize: int | None = bounded(None, ge=0, le=65_536)
-    """Shorter side in pixels to which an image is resized before the central crop; 0: to images.size."""
+    """Shorter side in pixels to which an image is resized before the central crop; 0: the image is resized to
+    images.size."""
     mean: list[float] | None = bounded(None, min_length=1)
     """Mean of each channel, subtracted from the pixels, which are in 0 ... 1 unless data.dtype=float32."""
     std: list[float] | None = bounded(None, gt=0, min_length=1)
@@ -34,12 +38,14 @@ class EncoderConfig(ComputeConfig):
     weights: str = bounded("encoder", choices=("encoder", "momentum_encoder"))
     """The network of the checkpoint to use: encoder, or momentum_encoder if the checkpoint holds one."""
     backbone: str | None = None
-    """The network, if the checkpoint does not name it; values as for model.backbone. Null: the one that it names."""
+    """The network of the checkpoint, if the file does not name it; the values are those of model.backbone. Null: the
+    network that the file names."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the backbone's constructor, each as +options.NAME=VALUE. Empty: those in the checkpoint, if any."""
+    """Arguments of the backbone's constructor, each as +options.NAME=VALUE. Empty: the arguments saved in the
+    checkpoint, if it has any."""
     output: str = bounded("", path=True)
-    """Directory for results.json and figures. Empty: the run's directory; for an encoder.safetensors of
-    moco.train, the directory that holds it; for any other checkpoint=.../NAME.ending, runs/NAME."""
+    """Directory for results.json and figures. Empty: the run's directory; for an encoder.safetensors of moco.train, the
+    directory of that file; for any other checkpoint=.../NAME.ending, runs/NAME."""
     seed: int = bounded(0, ge=0, lt=2**64)
     """Seed of all random choices, such as subsets of the labeled images, orders, views and initial weights."""
 

@@ -12,16 +12,17 @@ SET_BY_SWEEP = ("run", "seed", "epochs", "experiment", "method.temperature", "ch
 
 @dataclass
 class TemperatureConfig(ComputeConfig):
-    """Study the effect of the temperature in real runs, or on one query with three candidates.
+    """Study the effect of the temperature in real runs, or on one query with two to six candidates.
 
     `device` and `threads` apply to the measurements. For the runs, set them in overrides.
     """
 
     mode: str = bounded("sweep", choices=("sweep", "explain"))
-    """sweep: train at each temperature, measure, and draw figures; explain: print loss and gradient of one query
-    with three candidates."""
+    """sweep: train runs at each temperature, measure their encoders, and draw figures; explain: print the loss and the
+    gradient of one query with the candidates of `similarities`, one positive and the negatives."""
     temperatures: list[float] = bounded([], gt=0, min_length=1, example="temperatures=[0.05,0.1,0.2,0.5]")
-    """Temperatures to compare. Each has its own runs. More can be added later; finished runs are not repeated."""
+    """Temperatures to compare. Each temperature has runs of its own. More temperatures can be added later; finished
+    runs are not repeated."""
     seeds: int = bounded(1, ge=1)
     """Runs per temperature, with the seeds 0, 1, ... Two or more show the variation between seeds."""
     recipe: str = "digits"
@@ -31,11 +32,13 @@ class TemperatureConfig(ComputeConfig):
     epochs: int | None = bounded(None, ge=1)
     """Epochs of each run; null: those of the recipe."""
     keep_epochs: int = bounded(0, ge=0)
-    """Keep a checkpoint of each run every N epochs, for moco.choose; 0: keep only the newest ones."""
+    """Keep a checkpoint of each run every N epochs, for moco.choose; 0: keep only the newest checkpoints."""
     output: str = bounded("runs/temperature", min_length=1, path=True, example="output=runs/temperature")
-    """Directory for runs (such as t0.1/seed0/), results (temperature.json) and figures. Repeat it to resume a study."""
+    """Directory for runs (such as t0.1/seed0/), results (temperature.json) and figures. To resume a study, run the
+    command again with the same output."""
     images: int = bounded(2000, ge=2)
-    """Number of images to measure, drawn from the held-out images or, without these, from the training images."""
+    """Number of images on which the encoders are measured. They are drawn from the held-out images, or from the
+    training images if none are held out."""
     labels_per_class: int = bounded(1, ge=1)
     """Labeled images per class for the kNN accuracy."""
     k: int = bounded(1, ge=1)
@@ -47,8 +50,9 @@ class TemperatureConfig(ComputeConfig):
     similarities: list[float] = bounded(
         [0.8, 0.5, 0.1], min_length=2, max_length=6, example="similarities=[0.8,0.5,0.1]"
     )
-    """For mode=explain: cosine similarities of the query to its candidates, or any logits, such as [1,2,3]. In the
-    columns "right" the first candidate is the positive, in the columns "wrong" the second; the others are negatives."""
+    """For mode=explain: cosine similarities of the query to each candidate, or any logits, such as [1,2,3]. In the
+    columns "right", the first candidate is the positive; in the columns "wrong", the second candidate is the positive.
+    All other candidates are negatives."""
 
 
 def check_temperature(config: TemperatureConfig) -> None:

@@ -26,13 +26,13 @@ class AugmentConfig:
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
     crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
     small_views: int = bounded(0, ge=0, le=64)
-    """Further views per image for MoCo and MoCo v3, of small_size pixels, which are queries only (multi-crop, Caron et
-    al., 2020). Each is compared with every key; the loss is the mean over all pairs of query and key."""
+    """For MoCo and MoCo v3: number of further views per image, of small_size pixels, which are queries only
+    (multi-crop, Caron et al., 2020). The loss is the mean over all pairs of a query view and a key view."""
     small_size: int = bounded(96, ge=1, le=65_536)
     """Side of the small views in pixels."""
     small_scale: list[float] = bounded([0.05, 0.14], min_length=2, max_length=2)
-    """Lowest and highest area of the small views, as a fraction of the image's. With small views, a crop_scale that
-    begins where small_scale ends, [0.14,1.0], is usual."""
+    """Lowest and highest area of the small views, as a fraction of the image's area. With small views, a crop_scale
+    that begins where small_scale ends, [0.14,1.0], is usual."""
     antialias: bool = True
     """Resize the crops with antialiasing; false: with plain interpolation. Evaluation always uses antialiasing."""
     jitter_p: float = 0.0
@@ -61,7 +61,7 @@ class AugmentConfig:
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     eval_resize: int = bounded(0, ge=0, le=65_536)
-    """Shorter side in pixels to which evaluation resizes an image before the central crop; 0: to augment.size."""
+    """Evaluation resizes the shorter side of an image to N pixels before the central crop; 0: to augment.size."""
     second: dict[str, Any] = field(default_factory=dict)
     """Fields that differ for the second view, e.g. {blur_p: 0.1, solarize_p: 0.2}."""
 
@@ -102,7 +102,7 @@ class OptimConfig:
     """The optimizer and its learning rate (lr) schedule."""
 
     name: str = bounded("sgd", choices=("sgd", "lars", "lars_timm", "adamw"))
-    """The optimizer. lars: the LARS of MoCo v3's code; lars_timm: timm's, whose rates differ for small gradients."""
+    """The optimizer. lars: the LARS of MoCo v3's code; lars_timm: the LARS of timm. See `trust` for the difference."""
     lr: float = bounded(0.03, ge=0)
     """Peak learning rate, before it is scaled by the batch size (see base_batch)."""
     base_batch: int | None = bounded(256, ge=1)
@@ -114,11 +114,12 @@ class OptimConfig:
     weight_decay: float = bounded(1e-4, ge=0)
     """Weight decay of all weights except those in `exclude`."""
     exclude: list[str] = bounded([], choices=("bias", "norm"))
-    """Weights without weight decay: bias (all biases), norm (weights of normalization layers). With lars_timm they have
-    no layer-wise rate either. With lars, one-dimensional weights never have weight decay or a layer-wise rate."""
+    """Weights without weight decay: bias (all biases), norm (weights of normalization layers). With lars_timm, the
+    excluded weights have no layer-wise rate either. With lars, one-dimensional weights never have weight decay or a
+    layer-wise rate."""
     trust: float = bounded(0.001, gt=0)
-    """Trust coefficient of lars and lars_timm: a layer-wise rate is lr x trust x |w| / d. For a gradient g, d is
-    |g + weight_decay w| with lars, and |g| + weight_decay |w| with lars_timm."""
+    """Trust coefficient of lars and lars_timm: the layer-wise rate of a weight tensor w is lr x trust x |w| / d. With
+    the gradient g of w, d is |g + weight_decay w| with lars, and |g| + weight_decay |w| with lars_timm."""
     trust_clip: bool = False
     """For lars and lars_timm: the layer-wise rate is instead min(lr, trust x |w| / d), with the d of `trust`."""
     schedule: str = bounded("cosine", choices=("cosine", "step", "constant"))
@@ -146,9 +147,9 @@ class OptimConfig:
 class EvaluateConfig:
     """The evaluation while training: the accuracy of a k-nearest-neighbor (kNN) classifier on labeled held-out images.
 
-    Without labels it makes two random crops of each of at most 1024 images (or of one training batch, if that is
-    larger). It compares each first crop with all second crops, and vice versa, and reports how often the most similar
-    one is of the same image.
+    Without labels, the evaluation makes two random crops of each of at most 1024 images (or of as many as a training
+    batch has, if that is more). It compares each first crop with all second crops, and each second crop with all first
+    crops, and reports how often the most similar crop is of the same image.
     """
 
     every_epochs: int = bounded(1, ge=0)
@@ -160,16 +161,17 @@ class EvaluateConfig:
     features: str = bounded("backbone", choices=("backbone", "projection"))
     """Features to compare: backbone (the backbone's output), or projection (the embedding that the loss compares)."""
     labels_per_class: int = bounded(0, ge=0)
-    """Use N labeled reference images per class and average over random draws of them; 0: use all labels."""
+    """Use N labeled reference images per class; the accuracy is the mean over random draws. 0: use all labels."""
     draws: int = bounded(100, ge=1)
-    """Number of draws with labels_per_class. Mean and standard deviation over the draws are reported."""
+    """Number of draws if labels_per_class is above 0. Mean and standard deviation over the draws are reported."""
     bank_size: int = bounded(0, ge=0)
     """Use at most N reference images, drawn once; 0: use all of them."""
     online_probe: bool = False
     """Also train a linear classifier on the backbone's features and the labels of the training images, and report its
     accuracy on the held-out images. No gradient reaches the encoder, and no further forward pass is needed."""
     raw_pixels: bool = False
-    """Also report the kNN accuracy on raw pixels. Without labels, the retrieval of raw pixels is always reported."""
+    """Also report the kNN accuracy on raw pixels. Without labels, the comparison of crops always includes raw
+    pixels."""
     batch_size: int = bounded(512, ge=1)
     """Images per forward pass of the encoder. It affects memory, not results."""
 
@@ -179,16 +181,16 @@ class CheckpointConfig:
     """When checkpoints are saved and which ones are kept."""
 
     every_minutes: float = bounded(5.0, ge=0)
-    """Save when N minutes have passed since the last checkpoint, in addition to the ends of epochs; 0: never."""
+    """Also save when N minutes have passed since the last checkpoint; 0: do not save by time."""
     every_steps: int = bounded(0, ge=0)
-    """Also save every N steps; 0: never."""
+    """Also save every N steps; 0: do not save by steps."""
     every_epochs: int = bounded(1, ge=0)
     """Save at the end of every N-th epoch; 0: not at the ends of epochs. The end of the run is always saved."""
     keep_epochs: int = bounded(0, ge=0)
-    """Keep a checkpoint permanently every N epochs; 0: keep only the newest ones."""
+    """Keep a checkpoint permanently every N epochs; 0: keep only the newest checkpoints, see keep_last."""
     keep_last: int = bounded(2, ge=1)
-    """Number of newest checkpoints to keep, not counting those kept permanently. With 2 or more, a run can resume if
-    the newest one is unreadable."""
+    """Number of newest checkpoints to keep, not counting the permanently kept ones. With 2 or more, a run can resume
+    even if the newest checkpoint is unreadable."""
     keep_best: bool = False
     """Also keep the checkpoint with the best kNN accuracy so far, as checkpoints/best.pt, saved at each new best."""
 
@@ -201,25 +203,25 @@ class TrainConfig(StoppableConfig):
     """Directory of the run. If it holds an unfinished run, that run resumes."""
     init_from: str = bounded("", path=True)
     """File with the encoder's initial weights: a checkpoint of moco.train, encoder.safetensors, or a file of another
-    project, such as official MoCo; hf://USER/REPOSITORY is one on the Hugging Face Hub. Head, predictor and queue are
-    loaded too if they fit. A resumed run does not read the file again."""
+    project, such as official MoCo; hf://USER/REPOSITORY names a file on the Hugging Face Hub. Head, predictor and queue
+    are loaded too if they fit. A resumed run does not read the file again."""
     recipe: str = ""
     """Name of the recipe, set by experiment=NAME and recorded in the run. If a command resumes the run with another
     configuration, the error names this recipe."""
     seed: int = bounded(0, ge=0, lt=2**64)
-    """Seed of the initial weights, the order of the samples and all augmentations."""
+    """Seed of the initial weights, the order of the images and all augmentations."""
     epochs: int = bounded(200, ge=1)
     """Passes over the data set. All schedules span this number of epochs."""
     batch_size: int = bounded(256, ge=1)
     """Images per optimizer step, over all processes."""
     accumulate: int = bounded(1, ge=1)
-    """Micro-batches into which each process divides its part of the batch, which saves memory."""
+    """Number of micro-batches into which each process divides its part of the batch, to need less memory."""
     precision: str = bounded("fp32", choices=("auto", "fp32", "bf16", "fp16"))
     """Number format of the computation. auto: bf16 on a GPU that has units for it, or on a CPU if a short measurement
     shows that it is at least 1.2 times as fast; else fp32. A resumed run keeps its precision."""
     channels_last: bool = True
     """Store images in channels-last memory format. Convolutions are then faster; results are equal up to rounding. It
-    has no effect with device=mps, where some versions of torch compute wrong gradients for it, see docs/gpu.md."""
+    has no effect with device=mps, because some versions of torch then compute wrong gradients, see docs/gpu.md."""
     compile: bool = False
     """Compile the encoders with torch.compile. This takes minutes at the start and makes each step faster."""
     cuda_graph: bool = False
@@ -232,8 +234,8 @@ class TrainConfig(StoppableConfig):
     that do not fit on a GPU otherwise; false: each process holds all of them (DDP). The results are the same;
     channels_last has no effect. A run may resume with another value."""
     activation_checkpointing: bool = False
-    """Keep only the inputs of the backbone's blocks for the backward pass, which computes the rest again: slower, with
-    less memory and the same results. For ViTs, and other timm models without BN."""
+    """Keep only the inputs of the backbone's blocks for the backward pass, which computes all other activations again.
+    This is slower, needs less memory and gives the same results. For ViTs, and other timm models without BN."""
     profile: bool = False
     """Profile a few steps with torch's profiler, and write a trace and a table into profile/ in the run's directory."""
     logger: list[str] = bounded(["tensorboard"], unique=True)

@@ -15,18 +15,19 @@ class TransferConfig(SubjectConfig):
     """Evaluate encoders on many labeled data sets by linear classification, few-shot episodes or fine-tuning."""
 
     sets: list[str] = bounded([], min_length=1, unique=True, path=True, example="'sets=[pets,dtd,IMAGES]'")
-    """Data sets: a name of docs/howto/transfer.md, such as pets, cifar10 or voc07; the path of a folder with class
-    folders, or with train/, test/ and perhaps val/, each with class folders; or data, the data set of data.*."""
+    """Data sets to evaluate on. An entry is a name from docs/howto/transfer.md, such as pets, cifar10 or voc07; or the
+    path of a folder, which contains either class folders or train/, test/ and perhaps val/ with class folders in each;
+    or data, the data set of the fields data.*."""
     root: str = bounded("data", path=True, min_length=1)
     """The folder that holds the named data sets, or into which they are downloaded, as torchvision lays them out."""
     download: bool = False
     """Download the named data sets that are not in root."""
     encoders: list[str] = bounded([], path=True, min_length=1, unique=True, example="'encoders=[pretrained,untrained]'")
-    """Encoders to compare, on the same images and splits: pretrained (that of run or checkpoint), untrained (the same
-    network with random weights), and others, each by the path of a run or of a file that `checkpoint` accepts."""
+    """Encoders to compare, on the same images and splits: pretrained (the encoder of run or checkpoint), untrained (the
+    same network with random weights), or the path of a run, or of a file that `checkpoint` accepts."""
     mode: str = bounded("linear", choices=("linear", "few_shot", "finetune"))
     """linear: logistic regression on frozen features, or a linear SVM per class if images have several labels.
-    few_shot: classify test images by the nearest class mean of a few labeled ones, in many random episodes. finetune:
+    few_shot: classify test images by the nearest class mean of a few labeled images, in many random episodes. finetune:
     train encoder and classifier end to end on all training images, as moco.finetune does."""
     validation: float = bounded(0.2, gt=0, lt=1)
     """For data without a validation split: the fraction of the training images of each class on which the strength of
@@ -42,9 +43,10 @@ class TransferConfig(SubjectConfig):
     episodes: int = bounded(600, ge=2, le=100_000)
     """For few_shot: number of episodes; the mean of their accuracies is reported."""
     finetune: dict[str, Any] = field(default_factory=dict)
-    """For finetune: fields of docs/config/finetune.md, such as finetune.lr=0.01. A field that the default does not name
-    needs a plus, such as +finetune.seeds=3. Not possible are the fields that moco.transfer also has (such as seed), and
-    those that select encoders or images, save the training state, log or stop."""
+    """For finetune: fields of docs/config/finetune.md, such as finetune.lr=0.01. A field without a value in
+    configs/transfer.yaml needs a plus, such as +finetune.seeds=3. Two kinds of fields cannot be set here: fields that
+    moco.transfer has too (such as seed), and fields for the choice of encoders and images, for saving the training
+    state, for logging and for stopping."""
 
 
 def check_transfer(config: TransferConfig, processes: int = 1) -> None:

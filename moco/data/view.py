@@ -66,7 +66,7 @@ class View:
     size: int
     """Side of the view in pixels."""
     crop_scale: tuple[float, float] = (1.0, 1.0)
-    """Lowest and highest area of the crop, as a fraction of the image's."""
+    """Lowest and highest area of the crop, as a fraction of the image's area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Lowest and highest width / height of the crop."""
     antialias: bool = True
@@ -75,20 +75,23 @@ class View:
     jitter_p: float = 0.0
     """Probability of the color jitter: brightness, contrast, saturation and hue, in random order."""
     brightness: float = 0.0
-    """The factor is uniform in 1 - brightness (at least 0) ... 1 + brightness."""
+    """Strength of the brightness jitter: pixels are multiplied by a factor that is uniform in 1 - brightness (at least
+    0) ... 1 + brightness."""
     contrast: float = 0.0
-    """Like brightness: the factor of the difference from the view's mean gray; for other channels than RGB, from the
-    mean of each channel."""
+    """Strength of the contrast jitter: a factor, drawn as for brightness, multiplies the difference between each pixel
+    and the view's mean gray. For other channels than RGB, the difference is to the mean of the pixel's channel."""
     saturation: float = 0.0
-    """Like brightness: the factor of the difference from gray, per pixel."""
+    """Strength of the saturation jitter: a factor, drawn as for brightness, multiplies the difference between each
+    pixel and its own gray value."""
     hue: float = 0.0
-    """The rotation of the hue is uniform in -hue ... hue, as a fraction of the circle."""
+    """Strength of the hue jitter: the hue is rotated by an angle that is uniform in -hue ... hue, as a fraction of the
+    circle."""
     per_channel: bool = False
-    """For other channels than RGB: draw the factors of brightness and contrast for each channel."""
+    """For other channels than RGB: draw the factors of brightness and contrast separately for each channel."""
     gray_p: float = 0.0
-    """Probability of grayscale."""
+    """Probability that a view is converted to grayscale."""
     gray_first: bool = False
-    """Grayscale before the jitter, as in MoCo v1."""
+    """Convert to grayscale before the color jitter, as in MoCo v1; false: after it."""
     blur_p: float = 0.0
     """Probability of the Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
@@ -106,26 +109,29 @@ class View:
     affine_p: float = 0.0
     """Probability of the affine map: rotation, shift, zoom and shear, together."""
     degrees: float = 0.0
-    """The rotation is uniform in -degrees ... degrees."""
+    """For the affine map: the rotation is uniform in -degrees ... degrees."""
     translate: float = 0.0
-    """The shift along each axis is uniform in -translate ... translate of a side, rounded to pixels."""
+    """For the affine map: the shift along each axis, as a fraction of the side, is uniform in -translate ... translate
+    and rounded to pixels."""
     zoom: tuple[float, float] = (1.0, 1.0)
-    """Lowest and highest factor of magnification."""
+    """For the affine map: lowest and highest factor of magnification."""
     shear: float = 0.0
-    """The horizontal shear is uniform in -shear ... shear degrees."""
+    """For the affine map: the horizontal shear is uniform in -shear ... shear degrees."""
     noise: tuple[float, float] = (0.0, 0.0)
-    """Lowest and highest standard deviation of Gaussian noise, for images in 0 ... 1. All channels get the same noise;
-    if they are not RGB, it is multiplied by the std of each channel."""
+    """Lowest and highest standard deviation of Gaussian noise, for images in 0 ... 1. The noise of a pixel is the same
+    for all channels; for other channels than RGB, this noise is multiplied by the std of each channel."""
     steps: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """Steps of plug-ins with their options, in this order, after all others except channel_dropout_p:
-    +augment.steps.NAME.OPTION=VALUE, or +augment.steps.NAME={} for the defaults."""
+    """Augmentation steps of plug-ins, with their options. They are applied in the given order, after all other steps
+    except the channel dropout. Set an option by +augment.steps.NAME.OPTION=VALUE; to use a step with its default
+    options, set +augment.steps.NAME={}."""
     channel_dropout_p: float = 0.0
     """Probability, for each channel, of replacing all its pixels by its value in `mean`. At least one channel of a view
     is kept."""
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
-    """The mean per channel, subtracted at the end (images are 0 ... 1, unless data.dtype=float32)."""
+    """Mean of each channel, subtracted after all other steps from the pixels, which are in 0 ... 1 unless
+    data.dtype=float32."""
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
-    """The standard deviation per channel, by which the result is divided."""
+    """Standard deviation of each channel, by which pixels are divided after the mean is subtracted."""
 
     def __post_init__(self) -> None:
         """Raise a ValueError that names the field, its value and the accepted range, if a value is invalid."""

@@ -15,26 +15,34 @@ class DenseCLConfig(MethodConfig):
     name: str = "densecl"
     """The method; set by method=OPTION."""
     queue_size: int = bounded(65536, ge=1)
-    """Number of keys in each of the two queues (K): embeddings of images, and mean embeddings of an image's cells."""
+    """Number of keys (K) in each of the two queues. A key of the first queue is the embedding of an image; a key of the
+    second queue is the mean embedding of the cells of an image."""
     queue_start: str = bounded("random", choices=("random", "empty"))
     """Initial queues: random (random keys count as negatives, as in the official code) or empty (no negatives)."""
     mask_own_keys: bool = True
-    """Exclude older keys of a query's own image from its negatives."""
+    """Exclude the keys in the queue that were computed from the query's own image, in earlier steps, from the negatives
+    of that query."""
     momentum: float = bounded(0.999, ge=0, le=1)
-    """Momentum m of the momentum encoder. Each step keeps the fraction m of its weights."""
+    """Momentum m of the momentum encoder. Each step sets a weight of the momentum encoder to m times its old value plus
+    1 - m times the weight of the encoder."""
     momentum_end: float | None = bounded(None, ge=0, le=1)
-    """Final value of m, to which it increases along half a cosine; null: m is constant."""
+    """Value of m at the end of the run. m increases from `momentum` to this value along half a cosine; null: m is
+    constant."""
     dense_weight: float = bounded(0.5, ge=0, le=1)
-    """lambda: the loss is (1 - lambda) times that of the images plus lambda times that of the cells."""
+    """lambda of the paper: the loss is (1 - lambda) times the loss of the images plus lambda times the loss of the
+    cells."""
     dense_warmup_steps: int = bounded(0, ge=0)
-    """Steps at the start with lambda = 0. Cells are matched by the backbone's features, which are random at first."""
+    """Number of steps at the start with lambda = 0 instead of dense_weight, because cells are matched by the features
+    of the backbone, which are random at first."""
     correspondence: str = bounded("similarity", choices=("similarity", "crops"))
-    """The positive of a cell: similarity (the cell of the other view with the most similar features of the backbone, as
-    in the paper), or crops (the cell that shows the center of this cell, computed from the crops, flips and other
-    changes of both views; cells outside of the other view have no loss). crops ignores the augmentation
-    steps of plug-ins (augment.steps)."""
+    """The positive of a cell of the query's view: similarity (the cell of the key's view with the most similar features
+    of the backbone, as in the paper), or crops (the cell of the key's view that shows the same place of the image as
+    the center of the cell). With crops, the place is computed from the crops, flips and other geometric changes of both
+    views, without the augmentation steps of plug-ins (augment.steps); a cell whose center lies outside of the key's
+    view has no loss."""
     grid: int = bounded(0, ge=0)
-    """Pool the feature map to grid x grid cells; 0: use it as it is (7 x 7 for a ResNet with 224 pixels)."""
+    """Pool the feature map to grid x grid cells; 0: do not pool the feature map (7 x 7 cells for a ResNet with 224
+    pixels)."""
 
     has_momentum_encoder = True
     can_learn_temperature = False

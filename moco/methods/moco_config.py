@@ -23,48 +23,55 @@ class MoCoConfig(MethodConfig):
     """The queue at the start: random (random keys count as negatives, as in the official code) or empty (no
     negatives)."""
     mask_own_keys: bool = True
-    """Exclude older keys of a query's own image from its negatives."""
+    """Exclude the keys in the queue that were computed from the query's own image, in earlier steps, from the negatives
+    of that query."""
     momentum: float = bounded(0.999, ge=0, le=1)
-    """Momentum m of the momentum encoder. Each step keeps the fraction m of its weights."""
+    """Momentum m of the momentum encoder. Each step sets a weight of the momentum encoder to m times its old value plus
+    1 - m times the weight of the encoder."""
     momentum_end: float | None = bounded(None, ge=0, le=1)
-    """Final value of m, to which it increases along half a cosine; null: m is constant."""
+    """Value of m at the end of the run. m increases from `momentum` to this value along half a cosine; null: m is
+    constant."""
     symmetric: bool = False
     """Use each of the two views as the query once and as the key once (v2+)."""
     reduction: str = bounded("mean", choices=("mean", "sum"))
-    """For symmetric=true: the loss is the mean or the sum of the losses of both directions."""
+    """For symmetric=true: the loss is the mean or the sum of two losses, one with each view as the query."""
     labels: bool = False
     """Train on the classes of the training images: keys of the query's class in the queue are positives too (SupMoCo,
     Majumder et al., 2021)."""
     margin: float = bounded(0.0, ge=0)
-    """Margin m that lowers the similarity of positives, see margin_kind; 0: no margin."""
+    """Margin m that lowers the similarity of a query to its positives, see margin_kind; 0: no margin."""
     margin_kind: str = bounded("arc", choices=("arc", "cosine"))
-    """How margin m changes a positive's cosine: arc, cos(theta + m) with m in radians (Deng et al., 2019, Eq. 3);
-    cosine, cos(theta) - m (Wang et al., 2018)."""
+    """What margin m makes of the cosine similarity cos(theta) to a positive: arc, cos(theta + m) with m in radians
+    (Deng et al., 2019, Eq. 3); cosine, cos(theta) - m (Wang et al., 2018)."""
     debias: float = bounded(0.0, ge=0, lt=1)
-    """tau+, the share of the queue that has the query's own class (1 / classes if balanced). The loss subtracts the
-    expected contribution of these keys (Chuang et al., 2020, Eq. 7 and 8); 0: off."""
+    """tau+, the share of the queue that has the query's own class (1 / number of classes if all classes are equally
+    frequent). The loss subtracts the expected contribution of these keys (Chuang et al., 2020, Eq. 7 and 8); 0: off."""
     false_negatives: str = bounded("keep", choices=("keep", "eliminate", "attract"))
-    """Treatment of keys in the queue that resemble the query's own key: keep (as negatives), eliminate, or attract (as
-    positives); false negative cancellation (Huynh et al., 2022)."""
+    """Treatment of keys in the queue that resemble the positive of the query: keep (as negatives), eliminate (from the
+    negatives), or attract (as positives); false negative cancellation (Huynh et al., 2022)."""
     false_threshold: float | None = bounded(None, gt=-1, le=1)
-    """Cosine above which a key in the queue resembles the query's own key; null: no threshold."""
+    """For false_negatives: cosine similarity above which a key in the queue counts as similar to the positive of the
+    query; null: no threshold."""
     false_top: int | None = bounded(None, ge=1)
-    """Largest number of keys per query that count as similar; null: no limit."""
+    """For false_negatives: largest number of keys in the queue that count as similar to the positive of a query, the
+    most similar keys first; null: no limit."""
     mix_hardest: int = bounded(0, ge=0)
-    """Number of hardest negatives of a query from which others are mixed: N of MoCHi (Kalantidis et al., 2020, section
-    4); 0: no mixing."""
+    """Number of hardest negatives of a query from which further negatives are mixed: N of MoCHi (Kalantidis et al.,
+    2020, section 4); 0: no mixing."""
     mix_pairs: int = bounded(0, ge=0)
-    """Number of negatives per query, each mixed from two of its hardest negatives: s of MoCHi."""
+    """Number of further negatives per query that are each mixed from two of its hardest negatives: s of MoCHi."""
     mix_query: int = bounded(0, ge=0)
-    """Number of negatives per query, each mixed from one of its hardest negatives and the query: s' of MoCHi."""
+    """Number of further negatives per query that are each mixed from one of its hardest negatives and the query: s' of
+    MoCHi."""
     decoupled: bool = False
     """Leave the positives out of the denominator of the softmax (Yeh et al., 2022, decoupled contrastive learning)."""
     positives_mean: str = bounded("outside", choices=("outside", "inside"))
-    """With several positives per query (labels, attract): take their mean outside the logarithm (L_out of Khosla et
-    al., 2020, Eq. 2) or inside (L_in, Eq. 3)."""
+    """With several positives per query (labels, attract): take the mean over the positives outside the logarithm (L_out
+    of Khosla et al., 2020, Eq. 2) or inside (L_in, Eq. 3)."""
     switches: dict[str, Any] = field(default_factory=dict)
-    """Changes of the logits by plug-ins, with their options; they are applied in the order in which they are given. Set
-    each by +method.switches.NAME.OPTION=VALUE, or by +method.switches.NAME={} for its defaults."""
+    """Changes of the logits that plug-ins define, with the options of each change; they are applied in the given order.
+    Set an option by +method.switches.NAME.OPTION=VALUE; to apply a change with its default options, set
+    +method.switches.NAME={}."""
 
     has_momentum_encoder = True
     takes_small_views = True

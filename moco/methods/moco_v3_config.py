@@ -10,14 +10,19 @@ from moco.config.train import TrainConfig
 
 @dataclass
 class MoCoV3Config(MethodConfig):
-    """MoCo v3: a momentum encoder and a predictor, no queue. The loss is the sum of both directions."""
+    """MoCo v3: a momentum encoder and a predictor, no queue.
+
+    Each of the two views is the query once and the key once. The loss is the sum of these two losses.
+    """
 
     name: str = "moco_v3"
     """The method; set by method=OPTION."""
     momentum: float = bounded(0.99, ge=0, le=1)
-    """Momentum m of the momentum encoder. Each step keeps the fraction m of its weights."""
+    """Momentum m of the momentum encoder. Each step sets a weight of the momentum encoder to m times its old value plus
+    1 - m times the weight of the encoder."""
     momentum_end: float | None = bounded(None, ge=0, le=1)
-    """Final value of m, to which it increases along half a cosine; null: m is constant."""
+    """Value of m at the end of the run. m increases from `momentum` to this value along half a cosine; null: m is
+    constant."""
     decoupled: bool = False
     """Leave the positive out of the denominator of the softmax (Yeh et al., 2022, decoupled contrastive learning)."""
 

@@ -10,19 +10,24 @@ from moco.config.train import TrainConfig
 
 @dataclass
 class ReSSLConfig(MethodConfig):
-    """ReSSL: a queue and a momentum encoder, as in MoCo. `temperature` is that of the student, the strong view."""
+    """ReSSL: a queue and a momentum encoder, as in MoCo.
+
+    `temperature` is the temperature of the student, which encodes the strongly augmented view.
+    """
 
     name: str = "ressl"
     """The method; set by method=OPTION."""
     queue_size: int = bounded(131072, ge=1)
     """Number of keys in the queue (K)."""
     momentum: float = bounded(0.999, ge=0, le=1)
-    """Momentum m of the momentum encoder. Each step keeps the fraction m of its weights."""
+    """Momentum m of the momentum encoder. Each step sets a weight of the momentum encoder to m times its old value plus
+    1 - m times the weight of the encoder."""
     momentum_end: float | None = bounded(None, ge=0, le=1)
-    """Final value of m, to which it increases along half a cosine; null: m is constant."""
+    """Value of m at the end of the run. m increases from `momentum` to this value along half a cosine; null: m is
+    constant."""
     teacher_temperature: float = bounded(0.04, gt=0)
-    """Temperature of the teacher, the weak view. If it is lower than `temperature`, the teacher's softmax over the
-    queue is sharper than the student's."""
+    """Temperature of the teacher, for the weakly augmented view. If teacher_temperature is lower than `temperature`,
+    the teacher's softmax over the queue is sharper than the student's."""
 
     has_momentum_encoder = True
     can_learn_temperature = False

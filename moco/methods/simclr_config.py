@@ -20,22 +20,25 @@ class SimCLRConfig(MethodConfig):
     """Train on the classes of the training images: all embeddings of a class are positives (SupCon, Khosla et al.,
     2020, Eq. 2)."""
     candidates: str = bounded("all", choices=("all", "other_view"))
-    """all: compare each view with all views of the batch; other_view: compare two views of the batch at a time, so that
-    each sample has one positive (Chen et al., 2021, Algorithm 1, ctr)."""
+    """all: compare each view with all views of the batch; other_view: compare the embeddings of one view only with
+    those of one other view, and average the loss over all such pairs of views; each embedding then has one positive
+    (Chen et al., 2021, Algorithm 1, ctr)."""
     contrast_mode: str = bounded("all", choices=("all", "one"))
-    """The views that serve as anchors: all, or only the first (one) (Khosla et al., 2020, official code)."""
+    """The views that serve as anchors: all (every view), or one (only the first view), as in the official code of
+    Khosla et al., 2020."""
     base_temperature: float | None = bounded(None, gt=0)
     """Multiply the loss by T / base_temperature (Khosla et al., 2020, official code: 0.07); null: no factor."""
     margin: float = bounded(0.0, ge=0)
-    """Margin m that lowers the similarity of positives, see margin_kind; needs candidates=other_view; 0: no margin."""
+    """Margin m that lowers the similarity of an anchor to its positive, see margin_kind; needs candidates=other_view;
+    0: no margin."""
     margin_kind: str = bounded("arc", choices=("arc", "cosine"))
-    """How margin m changes a positive's cosine: arc, cos(theta + m) with m in radians (Deng et al., 2019, Eq. 3);
-    cosine, cos(theta) - m (Wang et al., 2018)."""
+    """What margin m makes of the cosine similarity cos(theta) to a positive: arc, cos(theta + m) with m in radians
+    (Deng et al., 2019, Eq. 3); cosine, cos(theta) - m (Wang et al., 2018)."""
     decoupled: bool = False
     """Leave the positives out of the denominator of the softmax (Yeh et al., 2022, decoupled contrastive learning)."""
     positives_mean: str = bounded("outside", choices=("outside", "inside"))
-    """With several positives per anchor (labels, or three or more views): take their mean outside the logarithm (L_out
-    of Khosla et al., 2020, Eq. 2) or inside (L_in, Eq. 3)."""
+    """With several positives per anchor (labels, or three or more views): take the mean over the positives outside the
+    logarithm (L_out of Khosla et al., 2020, Eq. 2) or inside (L_in, Eq. 3)."""
 
     def check(self, config: TrainConfig) -> None:
         """See `MethodConfig.check`."""
