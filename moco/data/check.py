@@ -71,7 +71,7 @@ class Findings:
             self.formats[facts.format] += 1
 
     def note(self, kind: str, path: str, reason: str) -> None:
-        """Count a file with a fault or oddity, `kind`, and list it unless `listed` files of this kind are listed."""
+        """Count a file with a fault or oddity, `kind`; add it to `files`, at most `listed` files per kind."""
         self.counts[kind] += 1
         named = self.files.setdefault(kind, [])
         if len(named) < self.listed:
@@ -178,7 +178,10 @@ def suggest(
         recipe["experiment"] = "moco_v2_grayscale" if data.channels == 1 else "moco_v2_multispectral"
         given |= {"data.channels": data.channels, "data.dtype": data.dtype}  # instead of those of the recipe
     if data.channels == 1 and "epochs" in recipe:
-        recipe |= {"augment.size": 64, "augment.eval_resize": 72}  # for a laptop; the recipe is for a GPU
+        recipe |= {
+            "augment.size": 64,
+            "augment.eval_resize": 72,
+        }  # for a laptop; the sizes of moco_v2_grayscale are for a GPU
     normalization: dict[str, Any] = {f"augment.{name}": values for name, values in (stats or {}).items()}
     if stats and not is_rgb8 and any(abs(m) > 10 * s for m, s in zip(stats["mean"], stats["std"], strict=True)):
         normalization["augment.brightness"] = 0  # 0.4 could move the mean by more than 4 standard deviations

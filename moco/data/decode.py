@@ -142,7 +142,10 @@ def _read(path: str | Path, read: Callable[[Path], bytes]) -> bytes:
 
 
 def pil_reason(error: Exception, data: bytes) -> str:
-    """Return why PIL cannot open the content of a file; its own words name an object in memory."""
+    """Return why PIL cannot open the content of a file.
+
+    For an unknown format, PIL's own message is not used: it names a BytesIO object instead of the file.
+    """
     unknown = isinstance(error, UnidentifiedImageError)
     return f"no known image format, it begins with {data[:12]!r}" if unknown else str(error) or type(error).__name__
 

@@ -273,7 +273,10 @@ def _save(task: Task[FinetuneConfig], network: nn.Sequential, folder: Path, step
 
 
 def protocol(config: FinetuneConfig) -> tuple[str, str]:
-    """Describe the selection of labels: as text for results.json, which must not change, and for a folder's name."""
+    """Describe the selection of labels: in a text for results.json, and in a short form for a folder's name.
+
+    The text must keep its wording, because results.json files of earlier versions contain it.
+    """
     if fraction := fraction_of(config):
         text, short = f"{100 * fraction:g} % of labels", f"{100 * fraction:g}percent"
     elif config.labels_per_class:

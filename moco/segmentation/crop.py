@@ -43,7 +43,7 @@ def training_crop(
     """Return a crop of the image, normalized (3, S, S), and of its mask, uint8 (S, S).
 
     Where the resized image is smaller than the crop, the crop is padded at the right and the bottom, with the
-    mean color and `IGNORED`.
+    mean color and `IGNORED`. The flip comes last: it moves the padding from the right to the left.
 
     Args:
         image: uint8 (3, H, W).
