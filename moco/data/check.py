@@ -177,11 +177,8 @@ def suggest(
     if not is_rgb8:
         recipe["experiment"] = "moco_v2_grayscale" if data.channels == 1 else "moco_v2_multispectral"
         given |= {"data.channels": data.channels, "data.dtype": data.dtype}  # instead of those of the recipe
-    if data.channels == 1 and "epochs" in recipe:
-        recipe |= {
-            "augment.size": 64,
-            "augment.eval_resize": 72,
-        }  # for a laptop; the sizes of moco_v2_grayscale are for a GPU
+    if data.channels == 1 and "epochs" in recipe:  # for a laptop; the sizes of moco_v2_grayscale are for a GPU
+        recipe |= {"augment.size": 64, "augment.eval_resize": 72}
     normalization: dict[str, Any] = {f"augment.{name}": values for name, values in (stats or {}).items()}
     if stats and not is_rgb8 and any(abs(m) > 10 * s for m, s in zip(stats["mean"], stats["std"], strict=True)):
         normalization["augment.brightness"] = 0  # 0.4 could move the mean by more than 4 standard deviations

@@ -39,7 +39,7 @@ def write_projector(run: Run, images: ImageFeatures, drawn: Map | None) -> Path:
         shutil.rmtree(folder, ignore_errors=True)  # add_embedding would append to an earlier embedding
         with SummaryWriter(str(folder)) as writer:
             writer.add_embedding(features, metadata, small.float() / 255, run.step, "backbone", header)
-        for events in folder.glob("events.out.tfevents.*"):  # no data; TensorBoard would list it as a run
+        for events in folder.glob("events.out.tfevents.*"):  # TensorBoard would list the folder as a run
             events.unlink()
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error.strerror}): set projector=false") from error
