@@ -58,7 +58,7 @@ class FinetuneConfig(ResumableConfig, SubjectConfig):
     output. Biases and other vectors of the backbone then have no weight decay. Null: the same lr for all layers."""
     drop_path: float | None = bounded(None, ge=0, lt=1)
     """For vision transformers and networks of timm: probability with which the training skips the last block
-    (stochastic depth); null: the network's own value."""
+    (stochastic depth). Earlier blocks are skipped less often. Null: the network's own value."""
     label_smoothing: float = bounded(0.0, ge=0, lt=1)
     """Fraction of each target that is spread evenly over all classes; 0: no smoothing."""
     mixup: float = bounded(0.0, ge=0)
