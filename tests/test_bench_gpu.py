@@ -37,7 +37,7 @@ def test_a_part_runs_in_its_tiny_form(part: str, tmp_path: Path) -> None:
 def test_parts_pass_on_the_emulated_gpu(tmp_path: Path) -> None:
     """Those whose operations the CPU can compute; it launches no kernels of moco."""
     env = build.environment(build.build(tmp_path))
-    for part in ("methods", "waits", "sanitizer", "norms", "nccl"):
+    for part in ("methods", "sanitizer", "norms", "nccl"):
         file = tmp_path / "checks.json"
         command = [sys.executable, "-m", "tests.rehearsal.acceptance", part, str(file)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
