@@ -50,6 +50,8 @@ def recorded_data(
     require(not stream, f"data.name=webdataset can be read from start to end only: {other}")
     name, root = (str(recorded.get(field) or "") for field in ("name", "root"))
     never = _NEVER | (set() if trusted else _LOCAL_PATHS)
+    if name == "digits":  # they are in no folder, but moco.embed records an absolute path
+        never = never | {"root"}
     kept = {field: value for field, value in recorded.items() if field not in never}
     missing = fields_to_repeat(recorded, trusted)
     if not missing or "root" in given or given.get("name", name) != name:

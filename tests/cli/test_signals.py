@@ -92,8 +92,16 @@ def test_an_object_that_the_signal_left_half_built_adds_no_traceback(number: int
 
 STOPS = [  # a command, a function that interrupts it before it has kept anything, and what is not there
     ("pack data.root=images output=out", "moco.data.pack.pack_split", "finished shards"),
-    ("embed run=run data.root=images output=out", "moco.retrieval.embed._compute_missing", "finished features"),
-    ("search run=run data.root=images output=out", "moco.retrieval.embed._compute_missing", "finished features"),
+    (
+        "embed run=run data=folder data.root=images output=out",
+        "moco.retrieval.embed._compute_missing",
+        "finished features",
+    ),
+    (
+        "search run=run data=folder data.root=images output=out",
+        "moco.retrieval.embed._compute_missing",
+        "finished features",
+    ),
     ("train run=new data.workers=0", "moco.training.build.make_method", "checkpoints"),
     ("finetune run=run fraction=0.1", "moco.evaluation.finetune._train", "saved steps"),
     ("transfer run=run output=out", "moco.evaluation.transfer._evaluate_set", "finished results"),
