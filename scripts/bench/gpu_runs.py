@@ -192,7 +192,7 @@ def peers(setting: Setting) -> Iterator[Check]:
     if find_spec("lightly") is None:
         yield Check("images/s of lightly", "not measured: lightly is not installed")
         return
-    options = Namespace(batch=8 if setting.tiny else 512, batches=3 if setting.tiny else 8, queue=4096)
+    options = Namespace(batch=32 if setting.tiny else 512, batches=3 if setting.tiny else 8, queue=4096)
     options.backbone = "convnet" if setting.tiny else "resnet18"
     network: dict[str, object] = {"width": 4} if setting.tiny else {"stem": "cifar"}
     source = random_images(options.batch * options.batches, 32)
