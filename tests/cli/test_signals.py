@@ -15,6 +15,7 @@ import pytest
 from moco.cli import run_command
 from moco.config.knn import KnnConfig
 from moco.config.pack import PackConfig
+from moco.data.shard_index import PARTS
 from moco.runtime.preemption import keeping
 from tests.cli.conftest import Run
 from tests.data.packed import class_folders, packed
@@ -135,7 +136,7 @@ def test_moco_pack_keeps_the_finished_shards_and_resumes(tmp_path: Path) -> None
         [sys.executable, "-m", "moco.pack", *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
     deadline = time.monotonic() + 60
-    while not list((tmp_path / "out").glob("train-*.tar")) and time.monotonic() < deadline:
+    while not list((tmp_path / "out" / PARTS).glob("train-*.npz")) and time.monotonic() < deadline:
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
