@@ -169,6 +169,8 @@ class Packer:
         """Remove the unfinished shard, if there is one."""
         if self._shard is not None:
             self._shard.discard()
+        for file in self.output.glob(f"{self.split}-*.tar.tmp"):  # a signal ended the creation of the shard
+            file.unlink(missing_ok=True)
 
 
 def pack_split(config: PackConfig, split: str, source: Source) -> list[Path]:

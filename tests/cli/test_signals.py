@@ -128,6 +128,19 @@ def test_a_command_that_has_kept_nothing_says_so(
     )
 
 
+def test_moco_pack_leaves_no_shard_whose_creation_was_stopped(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class_folders(tmp_path / "images", 6)
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moco.data.shard_writer.tarfile.TarFile", stopped)
+    assert run("pack", "data.root=images", "output=out", "workers=0")[0] == 130
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
 @pytest.mark.slow
 def test_moco_pack_keeps_the_finished_shards_and_resumes(tmp_path: Path) -> None:
     root = class_folders(tmp_path / "images", 120)
