@@ -47,6 +47,7 @@ def check(source: Path, images: Path, output: Path, sized: bool = True, **networ
     np.testing.assert_allclose(encoder(prepared).detach().numpy(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [*LAYOUTS, PLAIN], ids=lambda layout: layout.name)
 def test_every_layout_of_other_projects(layout: Layout, images: Path, tmp_path: Path) -> None:
     options = {"stem": "cifar"} if layout == NOTEBOOK else {}
@@ -69,6 +70,7 @@ def test_every_file_of_moco(kind: str, images: Path, tmp_path: Path) -> None:
     check(source, images, tmp_path / "out", sized=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", [to for to in ENDINGS if to not in GRAPHS])
 def test_every_format_of_moco_convert(to: str, images: Path, tmp_path: Path) -> None:
     vit = to == "deit"

@@ -21,6 +21,7 @@ from tests.docs.stand_ins import small, tree
 # By situation: the command, and the modules of the next commands that it prints.
 RARE = (
     *("choose", "choose, unlabeled", "hub", "hub, embed", "stream", "shards", "pack", "finetune", "transfer"),
+    "transfer, few shots",
     *("linear, compared", "linear, published", "knn, few labels", "report, unlabeled", "report, not finished"),
 )
 SITUATIONS = {

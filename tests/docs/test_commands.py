@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,11 @@ class Workplace:
         self.folder, self.cache = folder, CommandCache()
         make(folder)
 
-    def copied(self, to: Path) -> Path:
-        return Path(shutil.copytree(self.folder, to, symlinks=True))
+    def copied(self) -> Path:
+        """Return a new copy, which stays until the last test of the module: the cache names its files."""
+        return Path(
+            shutil.copytree(self.folder, tempfile.mkdtemp(dir=self.folder.parent), symlinks=True, dirs_exist_ok=True)
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -69,19 +73,18 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     return made
 
 
-FIRST_PAGES = ("README.md", "docs/howto/own_images.md")  # the others are long tests
-PAGES = [pytest.param(each, marks=[pytest.mark.long] * (name_of(each) not in FIRST_PAGES)) for each in WITH_COMMANDS]
+MARKS = {"README.md": [], "docs/howto/own_images.md": [pytest.mark.slow]}
+PAGES = [pytest.param(each, marks=MARKS.get(name_of(each), [pytest.mark.long])) for each in WITH_COMMANDS]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=map(name_of, WITH_COMMANDS))
 def test_commands_of_a_page_run(
     page: Path,
     workplace: Workplace,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    shell = shell_in(workplace.copied(tmp_path / "work"), monkeypatch, capfd, workplace.cache)
+    shell = shell_in(workplace.copied(), monkeypatch, capfd, workplace.cache)
     commands = block_commands(page)
     for command in commands:
         shell.run(command)
@@ -92,11 +95,10 @@ def test_commands_of_a_page_run(
 def test_commands_mentioned_in_the_text_compose(
     page: Path,
     workplace: Workplace,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    shell = shell_in(workplace.copied(tmp_path / "work"), monkeypatch, capfd, workplace.cache)
+    shell = shell_in(workplace.copied(), monkeypatch, capfd, workplace.cache)
     for command in inline_commands(page):
         shell.compose(command)
     assert shell.ran

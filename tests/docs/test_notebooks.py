@@ -28,12 +28,11 @@ def cells(notebook: Path) -> list[str]:
 def test_a_notebook_runs(
     notebook: Path,
     workplace: Workplace,  # noqa: F811 # a fixture
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """A line `!COMMAND` runs as in a shell, with `{NAME}` replaced by the variable, as in Jupyter."""
-    shell = shell_in(workplace.copied(tmp_path / "work"), monkeypatch, capfd, workplace.cache)
+    shell = shell_in(workplace.copied(), monkeypatch, capfd, workplace.cache)
     names: dict[str, Any] = {}
     pictures = 0
     monkeypatch.setattr(plt, "show", plt.close)

@@ -200,7 +200,7 @@ def test_an_existing_file_is_overwritten_only_with_overwrite(tmp_path: Path) -> 
         convert_encoder(config)
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "timm/vit_tiny_patch16_224"])
+@pytest.mark.parametrize("backbone", ["resnet18", pytest.param("timm/vit_tiny_patch16_224", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("to", FORMATS)
 def test_other_channels_are_kept_or_refused(
     tmp_path: Path, to: str, backbone: str, capsys: pytest.CaptureFixture[str]
