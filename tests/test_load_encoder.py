@@ -47,7 +47,7 @@ def check(source: Path, images: Path, output: Path, sized: bool = True, **networ
     np.testing.assert_allclose(encoder(prepared).detach().numpy(), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("layout", [*LAYOUTS, PLAIN], ids=lambda layout: layout.name)
 def test_every_layout_of_other_projects(layout: Layout, images: Path, tmp_path: Path) -> None:
     options = {"stem": "cifar"} if layout == NOTEBOOK else {}

@@ -36,7 +36,11 @@ def final_state(run: str) -> tuple[int, str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [pytest.param(each, marks=[pytest.mark.long] * (each in ("densecl", "seed"))) for each in METHODS]
+    "name",
+    [
+        pytest.param(each, marks=[pytest.mark.long] * (each in ("densecl", "seed", "nnclr", "ressl")))
+        for each in METHODS
+    ],
 )
 def test_a_run_trains_resumes_and_is_evaluated_reported_and_converted(name: str, run: Run) -> None:
     about = {

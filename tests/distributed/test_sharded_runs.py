@@ -118,7 +118,7 @@ def test_it_resumes_exactly_after_all_processes_were_killed(folder: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a run keeps its lock open
-@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize("world", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_it_resumes_with_another_number_of_processes(folder: Path, world: int) -> None:
     run_ranks(world, resume, folder / "full", folder / f"on {world}")
     assert difference(final(folder / "full"), final(folder / f"on {world}")) < 1e-5

@@ -137,7 +137,7 @@ FOUR = ("vit",)
     [
         *((2, FAST, name) for name in FAST),
         *(pytest.param(2, SLOW, name, marks=pytest.mark.slow) for name in SLOW[1:]),
-        *(pytest.param(4, FOUR, name, marks=pytest.mark.slow) for name in FOUR),
+        *(pytest.param(4, FOUR, name, marks=pytest.mark.long) for name in FOUR),
     ],
 )
 def test_sharded_steps_equal_those_of_ddp(world: int, names: tuple[str, ...], name: str) -> None:

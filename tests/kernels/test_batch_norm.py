@@ -90,7 +90,7 @@ def test_compiled_layers(affine: str) -> None:
     compare(batch(12, 5), 4, affine, "aot_eager")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_layers_compiled_by_inductor() -> None:
     compare(batch(12, 5, 3, 2), 4, backend="inductor")
 

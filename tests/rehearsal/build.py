@@ -77,8 +77,11 @@ def environment(library: Path, devices: int = 1, null: bool = False) -> dict[str
 
     With `null`, copies of more than 4096 bytes and large collectives do nothing, so large networks are fast and their
     results wrong. Triton compiles kernels then; otherwise it interprets them.
+
+    The CPU's libraries use the same instructions on every machine, so results are rounded alike on all of them.
     """
     new = {"LD_PRELOAD": str(library), "TRITON_LIBCUDA_PATH": str(library.parent), "STANDIN_GPUS": str(devices)}
     new |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2])])}
+    new |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBILITY"}
     new["TRITON_INTERPRET"] = "0" if null else "1"
     return {**os.environ, **new, **({"STANDIN_NULL": "1"} if null else {})}

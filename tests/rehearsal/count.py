@@ -41,7 +41,8 @@ IN_MEMORY = {"cifar10": (50_000, 32)}  # images and their side
 DEVICE = torch.device("cuda", 0)
 if "STANDIN_NULL" not in os.environ:
     sys.exit(
-        "the emulated GPU is not loaded; to count, run: python -m pytest -s -m slow tests/rehearsal/test_budgets.py"
+        "the emulated GPU is not loaded; "
+        "to count, run: python -m pytest -s -m 'slow or long' tests/rehearsal/test_budgets.py"
     )
 _LIBRARY = ctypes.CDLL(os.environ["LD_PRELOAD"])
 # What is counted: functions of the stand-in with their arguments. A call of cuDNN or cuBLAS is one launch, and so is a

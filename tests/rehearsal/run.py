@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypedDict
 from unittest.mock import Mock, patch
@@ -50,6 +50,7 @@ class Job(TypedDict):
     fault: str  # a name of `faults.PATCHES`, or ""
     kernels: bool  # use moco's own kernels on the emulated device, interpreted: slow
     steps: int  # a quarter of them come before the capture of a CUDA graph
+    dtype: str  # of the network and the views; in "float64", rounding hardly turns a ReLU on or off
 
 
 class Record(TypedDict):
@@ -106,6 +107,12 @@ def _compile_for(record: Record) -> Callable[..., None]:
     return replacement
 
 
+def convert(method: nn.Module, dtype: torch.dtype) -> None:
+    """Convert a network, which is in float32; `to` fails on the emulated MPS, so it is called only where needed."""
+    if dtype != torch.float32:
+        method.to(dtype)
+
+
 def untimed(forward: nn.Module) -> None:
     """Keep DDP from timing its first ten steps, for which the host waits."""
     if isinstance(forward, DistributedDataParallel):
@@ -114,7 +121,7 @@ def untimed(forward: nn.Module) -> None:
 
 def train(job: Job, folder: Path) -> Record:
     """Take the steps of one job."""
-    soft = SoftDevice() if job["device"] == "cuda" else None
+    soft, dtype = SoftDevice() if job["device"] == "cuda" else None, getattr(torch, job["dtype"])
     record = Record(
         job=job,
         measures=[],
@@ -130,10 +137,11 @@ def train(job: Job, folder: Path) -> Record:
     class Steps(Trainer):
         def _train(self) -> None:
             untimed(self.forward)
+            convert(self.method, dtype)
             super()._train()
 
         def _step(self, step: int, batch: Batch) -> Measures | None:
-            measures = super()._step(step, batch)
+            measures = super()._step(step, replace(batch, views=[each.to(dtype) for each in batch.views]))
             record["measures"].append({name: value.detach() for name, value in (measures or {}).items()})
             return measures
 

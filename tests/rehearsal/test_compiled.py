@@ -33,9 +33,10 @@ def test_kernels_compile_as_intended(tmp_path: Path) -> None:
     assert re.search(r"mma\.\S*\.f32\.bf16", assembly["_parts"])
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(build.missing() != "", reason=build.missing())
-@pytest.mark.parametrize("kernels", ["0", "1"])
+@pytest.mark.parametrize(
+    "kernels", [pytest.param("0", marks=pytest.mark.long), pytest.param("1", marks=pytest.mark.slow)]
+)
 def test_batch_norm_over_groups_compiles(tmp_path: Path, kernels: str) -> None:
     """Without moco's kernels, torch 2.14's compiler fails with its default settings."""
     env = build.environment(build.build(tmp_path), null=True) | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}

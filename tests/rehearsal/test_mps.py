@@ -85,6 +85,7 @@ def test_planted_faults_are_found(library: Path, tmp_path: Path) -> None:
         assert message in record["error"], record["job"]
 
 
+@pytest.mark.long
 def test_commands_on_mps_give_the_results_of_the_cpu(library: Path, tmp_path: Path) -> None:
     """Results of the evaluations, features, neighbors, groups of duplicates and outliers."""
     for device in ("mps", "cpu"):
