@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Train on all GPUs of several machines. Start it once on each machine, with the same arguments:
 #
-#   NODES=2 NODE_RANK=0 MASTER_ADDR=node0 scripts/train_multi_node.sh experiment=moco_v2_imagenet data.root=/data/imagenet
-#   NODES=2 NODE_RANK=1 MASTER_ADDR=node0 scripts/train_multi_node.sh experiment=moco_v2_imagenet data.root=/data/imagenet
+#   NODES=2 NODE_RANK=0 MASTER_ADDR=node0 scripts/train_multi_node.sh experiment=moco_v3_vit_small_imagenet \
+#     data.root=/data/imagenet
+#   NODES=2 NODE_RANK=1 MASTER_ADDR=node0 scripts/train_multi_node.sh experiment=moco_v3_vit_small_imagenet \
+#     data.root=/data/imagenet
 #
 #   NODES        number of machines
 #   NODE_RANK    number of this machine, from 0; optional under Slurm
