@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 DEPTH = 50  # levels of nested dicts and lists
-_VALUES = 1_000_000  # largest number of values in one file; a checkpoint of a ResNet-50 has about 2,000
+_VALUES = 1_000_000  # largest number of values and containers in one file; a checkpoint of a ResNet-50 has about 2,000
 _YAML_BYTES = 1_000_000  # a config.yaml has about 3,000
 
 
@@ -33,8 +33,8 @@ def refuse_special_file(path: Path) -> int:
 def values_of(value: Any) -> Iterator[Any]:
     """Yield all values of nested dicts, lists and tuples, except these containers.
 
-    A file can let a container hold itself, or hold another one many times in each of many levels. Therefore the depth
-    and the number of values are limited.
+    In a file, a container can contain itself, and a small file can describe an exponential number of values (by YAML's
+    aliases). Therefore the depth and the number of values are limited.
     """
     left, count = [(value, 0)], 0
     while left:
@@ -53,7 +53,7 @@ def values_of(value: Any) -> Iterator[Any]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON of limited depth."""
+    """Parse JSON with limited depth and number of values."""
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -64,13 +64,13 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file of limited depth."""
+    """Read a JSON file with limited depth and number of values."""
     refuse_special_file(path)
     return parse_json(path.read_bytes())
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a YAML file of limited size and depth, without constructing objects."""
+    """Read a YAML file with limited size, depth and number of values. It can construct plain values only."""
     size = refuse_special_file(path)
     if size > _YAML_BYTES:
         raise ValueError(f"its {size:,} bytes are too many for a configuration")

@@ -53,8 +53,9 @@ class SourceConfig:
     set; for `webdataset` 16."""
     channels: int = bounded(3, ge=1, le=4096)
     """Channels of each image. 3: red, green and blue; 1: gray (with dtype=uint8, color is converted); other numbers:
-    the bands of TIFF, NPY and NPZ files, for `folder`, `shards`, `huggingface` and `webdataset`. In moco.train, set
-    augment.mean and augment.std, one number per channel, to those that moco.check_data stats=true computes."""
+    the bands of TIFF, NPY and NPZ files, for `folder`, `shards`, `huggingface` and `webdataset`. Except
+    with 3, moco.train needs augment.mean and augment.std with one number per channel: moco.check_data stats=true
+    computes them."""
     dtype: str = bounded("uint8", choices=("uint8", "uint16", "float32"))
     """Data type of the pixels after a file is read, until they are on the device: uint8 (0 ... 255; gray and color
     files of 16 bits are converted), uint16 (0 ... 65535), or float32 (any range; files of other types are converted
@@ -120,11 +121,11 @@ def _inherited_fields_optional(schema: type[Schema]) -> type[Schema]:
 @dataclass
 @_inherited_fields_optional
 class SubjectDataConfig(SourceConfig):
-    """The images that a command uses and, if it needs them, their labels. A field that is null has the run's value.
+    """The images that a command uses and, if it needs them, their labels. A null field has the run's value.
 
-    If name or root differs from the run's, a field that is null has the default of `DataConfig` instead, except name,
-    channels, dtype, bits and preview. Two fields, bits and workers, can be null in the run or by default too; their
-    descriptions explain that null. A checkpoint outside of a run directory provides no paths: set root (except for
+    If name or root is set to another value than the run's, the null fields have the defaults of `DataConfig` instead,
+    except name, channels, dtype, bits and preview. For bits and workers, the value can itself be null, as described
+    there. A checkpoint outside of a run directory provides no paths: set root (except for
     digits) and, where they are needed, label_file, eval_root and more_roots.
     """
 
@@ -135,13 +136,13 @@ class SubjectDataConfig(SourceConfig):
     moco.search refuse this field."""
 
     def overrides(self) -> dict[str, Any]:
-        """Return the fields of `DataConfig` that are not null."""
+        """Return all fields that are not null, except hold_out."""
         values = {each.name: getattr(self, each.name) for each in fields(SourceConfig)}
         return {name: value for name, value in values.items() if value is not None}
 
 
 def is_remote(name: str, root: str) -> bool:
-    """Return whether data.root is a name on a hub or an address of a stream, not a folder of this machine."""
+    """Return whether data.root is the address of a stream (also of files of this machine) or a name on a hub."""
     return name == "webdataset" or (name == "huggingface" and not Path(root).expanduser().is_dir())
 
 
@@ -205,11 +206,11 @@ def check_data_fields(data: DataConfig) -> None:
 
 
 def _check_digits(data: DataConfig) -> None:
-    """Raise ConfigError for a folder or labels, which the embedded digits would ignore."""
-    no_effect = "has no effect on the embedded digits, data.name=digits: for a folder of images, add data=folder, "
-    no_effect += "or in moco.train experiment=moco_v2_small"
-    require(data.root == DataConfig.root, f"data.root={data.root} {no_effect}; otherwise remove it")
-    require(data.labels == DataConfig.labels, f"data.labels={data.labels} {no_effect}; otherwise remove it")
+    """Raise ConfigError for a folder or labels, which the digits, a part of scikit-learn, would ignore."""
+    no_effect = "has no effect with data.name=digits, which is a part of scikit-learn: remove it. For a folder of "
+    no_effect += "images, add data=folder, or in moco.train experiment=moco_v2_small"
+    require(data.root == DataConfig.root, f"data.root={data.root} {no_effect}")
+    require(data.labels == DataConfig.labels, f"data.labels={data.labels} {no_effect}")
 
 
 def _check_roots(data: DataConfig) -> None:

@@ -36,10 +36,10 @@ class EncoderConfig(ComputeConfig):
     official MoCo, or `hf://USER/REPOSITORY[@REVISION][/FILE]`, a file on the Hugging Face Hub (FILE is
     model.safetensors by default)."""
     weights: str = bounded("encoder", choices=("encoder", "momentum_encoder"))
-    """The network of the checkpoint to use: encoder, or momentum_encoder if the checkpoint holds one."""
+    """The encoder of the checkpoint to use: encoder, or momentum_encoder if the checkpoint holds one."""
     backbone: str | None = None
-    """The network of the checkpoint, if the file does not name it; the values are those of model.backbone. Null: the
-    network that the file names."""
+    """The architecture of the backbone, a value of model.backbone, if the file does not name it. Null: the architecture
+    that the file names."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the backbone's constructor, each as +options.NAME=VALUE. Empty: the arguments saved in the
     checkpoint, if it has any."""
@@ -47,7 +47,8 @@ class EncoderConfig(ComputeConfig):
     """Directory for results.json and figures. Empty: the run's directory; for an encoder.safetensors of moco.train, the
     directory of that file; for any other checkpoint=.../NAME.ending, runs/NAME."""
     seed: int = bounded(0, ge=0, lt=2**64)
-    """Seed of all random choices, such as subsets of the labeled images, orders, views and initial weights."""
+    """Seed of the random choices of this command, such as subsets of the labeled images, the order of the images, their
+    views and initial weights. data.hold_out does not depend on it."""
 
 
 @dataclass
@@ -63,7 +64,7 @@ class SubjectConfig(EncoderConfig):
 
 
 def check_subject(config: EncoderConfig) -> None:
-    """Raise ConfigError unless all fields are within their bounds and exactly one encoder is named."""
+    """Raise ConfigError unless all fields are within their bounds, and either run or checkpoint names the encoder."""
     check_bounds(config)
     require(bool(config.run or config.checkpoint), "no encoder: set run=DIR (a run of moco.train) or checkpoint=FILE")
     require(
@@ -71,5 +72,5 @@ def check_subject(config: EncoderConfig) -> None:
         f"run={config.run} and checkpoint={config.checkpoint} both name an encoder: remove one of them",
     )
     given = [f"{name}={value}" for name in ("backbone", "options") if (value := getattr(config, name))]
-    error = f"{' and '.join(given)} cannot be combined with run={config.run}, which defines its network"
+    error = f"{' and '.join(given)} cannot be combined with run={config.run}, which states its architecture"
     require(not (config.run and given), f"{error}: remove {' and '.join(given)}, or replace run by checkpoint=FILE")

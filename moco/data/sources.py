@@ -1,7 +1,8 @@
 """Every kind of data set by name, and the function that opens one.
 
 To add a kind: write a module with a source (`moco.data.base.Source`) and a function that opens it, and add a line to
-`SOURCES`. The options of the kind are fields of `moco.config.data.DataConfig`, which only that function reads.
+`SOURCES`. The options of the kind are fields of `moco.config.data.SourceConfig`, or of `DataConfig` if only pretraining
+needs them; `check_data_fields` there refuses them with other kinds.
 
 Legend: N images.
 """
@@ -50,7 +51,7 @@ class Kind(NamedTuple):
 
     open: Callable[..., Sources]  # called with the DataConfig
     root: str = "the folder that contains the data set"  # what data.root must be set to; "" if it is not used
-    searched: tuple[str, ...] = ()  # folders below data.root in which every image is part of the data set
+    searched: tuple[str, ...] = ()  # folders that are searched for images or videos, relative to data.root
 
 
 _DOWNLOADED = "the folder that contains the data set, or into which data.download=true downloads it"
@@ -89,7 +90,9 @@ def from_dataset(open_dataset: Callable[[DataConfig], Any]) -> Kind:
 def load_source(
     config: DataConfig, progress: Progress | None = None, keep_unreadable: bool = False, keep_unlistable: bool = False
 ) -> Sources:
-    """Open a data set. Its images and their order depend on the files only, never on the seed of a run.
+    """Open a data set. Its images and their order depend on the files and on `config`, never on the seed of a run.
+
+    A stream (webdataset) is an exception: its order also depends on the numbers of ranks and workers.
 
     Args:
         config: the data set.
@@ -99,8 +102,9 @@ def load_source(
         keep_unlistable: open a data set although some folders cannot be listed; only for folder, imagenet and video.
 
     Raises:
-        FileNotFoundError: if the data set is not there, or could not be downloaded.
+        FileNotFoundError: if data.root is empty, or the data set is not there or could not be downloaded.
         ValueError: if a field does not fit the data set.
+        TypeError: if the source of a plug-in lacks members of `Source`.
         ImageError: if an image cannot be decoded into memory.
     """
     kind = SOURCES.find(config.name)
@@ -128,7 +132,7 @@ def _checked(config: DataConfig, source: Source) -> Source:
 
 
 def refuse_output_inside(config: DataConfig, field: str, output: str | Path, of_root: str = "data.root") -> None:
-    """Refuse an output directory in a folder that is searched for images: images in it would become part of the data.
+    """Refuse an output directory in a folder that is searched for images or videos: they could become part of the data.
 
     Args:
         config: the data set.
@@ -140,17 +144,17 @@ def refuse_output_inside(config: DataConfig, field: str, output: str | Path, of_
         ConfigError: if the output directory lies in such a folder.
     """
     searched = SOURCES[config.name].searched if config.name in SOURCES else ()
-    folders = [(of_root, config.root, part) for part in searched] if config.root else []
-    folders += [("data.eval_root", config.eval_root, "")] if config.eval_root else []
-    folders += [("data.more_roots", root, "") for root in config.more_roots]
+    roots = [(of_root, config.root, part) for part in searched] if config.root else []
+    roots += [("data.eval_root", config.eval_root, "")] if config.eval_root else []
+    roots += [("data.more_roots", root, "") for root in config.more_roots]
     place = Path(os.path.realpath(output))
-    for name, root, part in folders:
+    for name, root, part in roots:
         folder = Path(os.path.realpath(os.path.join(os.path.expanduser(root), part)))
         outside = folder.parent / ("output" if place == folder else place.name)
         require(
             not (folder.is_dir() and place.is_relative_to(folder)),
-            f"{field}={output} lies in {name}={root} ({folder}), so its images would become part of the data: "
-            f"set {field} to a directory outside, such as {outside}",
+            f"{field}={output} lies in {name}={root}, and {folder} is searched for images and videos, so that what is "
+            f"written could become part of the data: set {field} to a directory outside, such as {outside}",
         )
 
 
@@ -177,7 +181,7 @@ def _decode_all(source: Source, config: DataConfig, progress: Progress | None, k
         try:
             return source.image(i)
         except ImageError as error:
-            if not keep_unreadable or len(unreadable) == len(source) - 1:
+            if not keep_unreadable or len(unreadable) == len(source) - 1:  # no image can be decoded
                 raise
             unreadable[i] = error
             return None

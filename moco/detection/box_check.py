@@ -11,10 +11,12 @@ TOLERANCE = 1.0
 
 
 class BoxCheck:
-    """Clips the boxes of a data set to their images, and counts those without an area or outside of their image."""
+    """Clips the boxes of a data set to their images, and counts the boxes that cannot be used."""
 
     def __init__(self) -> None:
-        self.total = self.empty = self.outside = 0  # boxes: all, without an area, outside of their image
+        self.total = 0  # boxes
+        self.outside = 0  # boxes that reach more than `TOLERANCE` outside their image
+        self.empty = 0  # other boxes without an area, before or after clipping
         self.first = ""  # description of the first box that cannot be used
 
     def clipped(
@@ -22,7 +24,8 @@ class BoxCheck:
     ) -> tuple[float, ...] | None:
         """Return a box (left, top, right, bottom), clipped to its image (W, H); None if it cannot be used.
 
-        A box cannot be used if it has no area, or reaches more than `TOLERANCE` outside its image. `where` names it.
+        A box cannot be used if it has no area, before or after clipping, or reaches more than `TOLERANCE` outside its
+        image. `where` names it.
         """
         self.total += 1
         left, top, right, bottom = box
@@ -30,12 +33,14 @@ class BoxCheck:
         clipped = (max(0.0, left), max(0.0, top), min(float(size[0]), right), min(float(size[1]), bottom))
         # In float32, as boxes are stored: edges at 600 and at 600 + 1e-9 pixels are then equal.
         sides = np.subtract(clipped[2:], clipped[:2], dtype=np.float32)
-        empty = not (right > left and bottom > top)
-        if not outside and not empty and sides.min() > 0:
+        if not (right > left and bottom > top) or (not outside and sides.min() <= 0):
+            self.empty += 1
+            problem = "has no area"
+        elif outside:
+            self.outside += 1
+            problem = f"reaches outside its image of {size[0]} x {size[1]} pixels"
+        else:
             return clipped
-        beyond = outside and not empty
-        self.outside, self.empty = self.outside + beyond, self.empty + (not beyond)
-        problem = f"reaches outside its image of {size[0]} x {size[1]} pixels" if beyond else "has no area"
         self.first = self.first or f"{where} {problem}"
         return None
 

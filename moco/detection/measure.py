@@ -22,15 +22,15 @@ from moco.distributed import all_gather_object, on_rank_zero, rank, world_size
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10).tolist()
 RECALL_THRESHOLDS = np.linspace(0, 1, 101).tolist()
 # COCO's names, and torchmetrics' names. AP is the mean over IoU 0.5 ... 0.95, AP50 is at IoU 0.5, AP75 at IoU 0.75.
-FIGURES = {"AP": "map", "AP50": "map_50", "AP75": "map_75"}
+METRICS = {"AP": "map", "AP50": "map_50", "AP75": "map_75"}
 
 
 @dataclass(frozen=True)
 class AveragePrecision:
-    """The AP of one detector on one split, in percent: the mean over the classes that occur, as COCO defines it."""
+    """The AP of one detector on one split, in percent: the mean over the classes with true boxes, as COCO does."""
 
     figures: dict[str, float]  # AP, AP50, AP75; for masks also mask_AP, mask_AP50, mask_AP75
-    per_class: list[float | None]  # AP of the boxes; None for a class that does not occur
+    per_class: list[float | None]  # AP of the boxes; None for a class without true boxes
     count: int  # M
 
     def to_json(self) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def evaluate(
 
 
 def average_precision(found: Sequence[Detections], images: BoxedImages, masks: bool) -> AveragePrecision:
-    """Compute the AP of the detections in all images of a split, in their order."""
+    """Compute the AP on a split; `found` holds the detections in each of its images, in the order of `images`."""
     library = metrics_library()
     kinds = ("bbox", "segm") if masks else ("bbox",)
     with warnings.catch_warnings():
@@ -85,7 +85,7 @@ def average_precision(found: Sequence[Detections], images: BoxedImages, masks: b
     figures = {}
     for kind in kinds:
         prefix = f"{kind}_" if masks else ""
-        for name, key in FIGURES.items():
+        for name, key in METRICS.items():
             figures[f"{'mask_' * (kind == 'segm')}{name}"] = 100 * float(result[prefix + key])
     values = result["bbox_map_per_class" if masks else "map_per_class"].reshape(-1).tolist()
     known = dict(zip(result["classes"].reshape(-1).tolist(), values, strict=True))
@@ -95,7 +95,7 @@ def average_precision(found: Sequence[Detections], images: BoxedImages, masks: b
 
 def metrics_library() -> Any:
     """Return torchmetrics' detection metrics; raise ConfigError if they or pycocotools are not installed."""
-    coco_masks()
+    coco_masks()  # raises without pycocotools
     return optional_module("torchmetrics.detection", "moco.detect", "detect")
 
 

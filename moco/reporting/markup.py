@@ -17,9 +17,9 @@ THUMBNAIL = 320  # maximum of the longer side in pixels: about twice the display
 
 
 def plain(text: str) -> str:
-    """Replace characters that control the display, such as line ends and changes of writing direction, by U+FFFD.
+    """Replace characters that are not printable, such as line ends and changes of writing direction, by U+FFFD.
 
-    Surrogates stay, because they represent bytes of a file name that are not UTF-8.
+    U+DC80 to U+DCFF stay, because they represent bytes of a file name that are not UTF-8.
     """
     if text.isprintable():
         return text
@@ -88,12 +88,12 @@ def resource(name: str) -> str:
 
 
 def write_page(path: Path, template: str, style: str, scripts: tuple[str, ...] = (), **values: Any) -> None:
-    """Render a template to a file, atomically and part by part: items of an iterator are in memory one at a time.
+    """Render a template and write the page atomically. If a value is an iterator, only one of its items is in memory.
 
     The page's Content-Security-Policy forbids every request and every script except the given ones, identified by
     their digests. Bytes of file names that are not UTF-8 become escapes.
     """
     values |= {"style": Markup(style), "scripts": [Markup(each) for each in scripts]}
-    parts = _ENVIRONMENT.get_template(template).generate(values)
+    pieces = _ENVIRONMENT.get_template(template).generate(values)
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(parts)
+        file.writelines(pieces)

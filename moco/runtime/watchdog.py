@@ -1,9 +1,10 @@
 """Detect a hang, name the rank that causes it, and end the run so that its launcher can restart it.
 
-When one rank hangs, the others block in a collective and cannot tell which rank they are waiting for. Therefore each
-rank publishes a heartbeat, the number of its steps, whether it makes progress and, after a long wait, the line of code
-that it is at. Two threads do this. A training step only makes two assignments for them and does not wait for the
-device.
+When one rank hangs, the others block in a collective and cannot tell which rank they are waiting for. Therefore a
+thread of each rank publishes its state every few seconds, in torchrun's store: the numbers of its finished steps and
+other parts of work and, after a long time without progress, the line of code that it is at. A second thread measures
+the time without progress and ends the process. A training step only makes two assignments for these threads, and does
+not wait for the device.
 """
 
 import json
@@ -30,8 +31,8 @@ HUNG = os.EX_UNAVAILABLE  # 69
 LONGEST_WAIT = 60.0 * 24 * 365  # minutes that a process group waits with hang_after=0
 
 _PACKAGE = Path(__file__).parents[1]
-_CHECKS = 12  # fewest checks, and fewest heartbeats, within the time limit
-_MISSED = 4  # heartbeats that a rank may miss before it counts as silent
+_CHECKS = 12  # fewest checks, and fewest published states, within the time limit
+_MISSED = 4  # published states that a rank may miss before it counts as silent
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class RankState:
     done: int  # number of steps; -1: unknown
     location: str  # the line of code that it is at; "" if unknown
     waiting: bool  # the line is in a training step or a collective, where ranks wait for each other
-    silent_for: float = 0.0  # seconds since its last heartbeat; 0 unless it has missed several
+    silent_for: float = 0.0  # seconds since its last published state; 0 unless it has missed several
 
 
 def code_location(thread: int) -> tuple[str, bool]:
@@ -51,8 +52,8 @@ def code_location(thread: int) -> tuple[str, bool]:
     if frame is None or not ours:
         return "", False
     file = Path(ours[-1].filename).relative_to(_PACKAGE.parent).as_posix()
-    # The innermost line decides: while a collective calls other code, such as the reading of a batch in `in_lockstep`,
-    # the other ranks wait for this one.
+    # Only the innermost line can be in a collective: while a collective calls other code, such as the reading of a
+    # batch in `in_lockstep`, the other ranks wait for this one.
     in_collective = file in ("moco/distributed.py", "moco/training/nonfinite.py")
     waiting = in_collective or any(each.name == "train_step" for each in ours)
     return f"{file}:{ours[-1].lineno} ({ours[-1].name})", waiting
@@ -89,7 +90,7 @@ def _describe(states: Sequence[RankState], ranks: Sequence[int]) -> str:
     for each in ranks:
         state = states[each]
         place = f"at {state.location or 'an unknown line'}"
-        text = f"no heartbeat for {state.silent_for:.0f} s" if state.silent_for else place
+        text = f"silent for {state.silent_for:.0f} s" if state.silent_for else place
         groups.setdefault(f"after step {state.done}, {text}" if state.done >= 0 else text, []).append(each)
     return "; ".join(f"{_list(each)} {text}" for text, each in groups.items())
 
@@ -112,8 +113,8 @@ class Watchdog:
 
     Use it as a context manager around the run. Progress is a step, or a part of other work (`heartbeat`), of any rank:
     if one rank works while the others wait for it, that is not a hang. The lowest rank that is not silent prints the
-    message. The process ends by `os._exit`, because a thread that waits in a collective receives no exception. A file
-    that is being written then still has its temporary name.
+    message. The process ends by `os._exit`, because a thread that waits in a collective receives no exception. This
+    damages no file: a file that is being written has not replaced the earlier one yet (`atomic_write`).
 
     Args:
         minutes: time limit for a step, or a part of other work; 0: no watchdog.
@@ -125,11 +126,11 @@ class Watchdog:
         self._rank, self._world = (rank, world) if store is not None else (0, 1)
         self._interval = min(5.0, self._limit / _CHECKS)
         self._done, self._parts, self._paused, self._idle = 0, 0, False, 0.0
-        self._progress_elsewhere = 0  # how often another rank was seen to make progress while this one was idle
+        self._progress_elsewhere = 0  # how often `_read` found that a rank had made progress
         self._progress: list[tuple[int, int]] = []  # (steps, parts) of each rank, as last read; []: not read
         self._over = threading.Event()
         self._thread = 0
-        # per rank: its state, the number of its last heartbeat, and when that was read (0: never)
+        # per rank: its state, the number of its last publication, and when that was read (0: never)
         self._states = [(RankState(-1, "", False), -1, 0.0)] * self._world
 
     def finished(self, done: int) -> None:
@@ -162,7 +163,7 @@ class Watchdog:
         self._over.set()
 
     def _watch(self) -> None:
-        """Measure the time without progress. Never reads the store, which may not respond."""
+        """Measure the time without progress; end the process after the limit. Never reads the store, which may hang."""
         seen, before = (0, 0), time.monotonic()
         while not self._over.wait(self._interval):
             now = time.monotonic()
@@ -178,14 +179,14 @@ class Watchdog:
     def _publish(self) -> None:
         """Write this rank's state to the store; once this rank has long been idle, read the others' states too."""
         assert self._store is not None
-        beat = 0
+        number = 0  # of publications
         while not self._over.is_set():
-            beat += 1
+            number += 1
             idle = self._idle > self._limit / 2
             try:
                 location, waiting = code_location(self._thread) if idle else ("", False)
-                parts = self._parts + self._paused * beat  # while paused, each heartbeat counts as progress
-                state = [beat, self._done, parts, location, waiting]
+                parts = self._parts + self._paused * number  # while paused, each publication counts as progress
+                state = [number, self._done, parts, location, waiting]
                 self._store.set(str(self._rank), json.dumps(state))
                 self._progress = self._read() if idle else []
             except Exception:  # the store does not respond: the other ranks then count as silent
@@ -196,13 +197,13 @@ class Watchdog:
         """Read the states of all ranks and return their progress."""
         assert self._store is not None
         now = time.monotonic()
-        self._states = [(state, beat, at or now) for state, beat, at in self._states]  # silence counts from here
+        self._states = [(state, number, at or now) for state, number, at in self._states]  # silence counts from here
         progress = []
         for other, text in enumerate(self._store.multi_get([str(each) for each in range(self._world)])):
-            beat, done, parts, location, waiting = json.loads(text)
+            number, done, parts, location, waiting = json.loads(text)
             progress.append((done, parts))
-            if beat != self._states[other][1]:
-                self._states[other] = (RankState(done, location, waiting), beat, now)
+            if number != self._states[other][1]:
+                self._states[other] = (RankState(done, location, waiting), number, now)
         if self._progress and progress != self._progress:
             self._progress_elsewhere += 1
         return progress
@@ -220,7 +221,7 @@ class Watchdog:
             time.sleep(_MISSED * self._interval)
         elif not self._over.is_set():
             print_error(f"moco: {hang_message(states, self._limit / 60)}")
-        if not self._over.is_set():  # otherwise the run has continued, or is about to end
+        if not self._over.is_set():  # otherwise the run has ended in the meantime
             os._exit(HUNG)
 
 

@@ -21,7 +21,7 @@ import torch
 from moco.analysis.studies import temperature as study_module
 from moco.analysis.studies.figures import FIGURES, draw_curves, penalties
 from moco.analysis.studies.measures import Contrast, Run, Space, contrast_of, measure
-from moco.analysis.studies.temperature import Planned, command_of, explain, summary, sweep
+from moco.analysis.studies.temperature import PlannedRun, command_of, explain, summary, sweep
 from moco.config import AugmentConfig, ConfigError, DataConfig, ModelConfig, TrainConfig
 from moco.config.temperature import TemperatureConfig, check_temperature
 from moco.data.sources import Sources, load_source
@@ -196,7 +196,7 @@ def test_images_of_a_hub_are_fetched_only_if_the_person_names_them(copy: Path, m
 
 def test_the_command_of_a_run() -> None:
     made = config(Path("o"), overrides=["batch_size=8"], epochs=None, keep_epochs=2, recipe="mine")
-    assert command_of(made, Planned(0.07, 3, Path("o/t0.07/seed3")))[1:] == [
+    assert command_of(made, PlannedRun(0.07, 3, Path("o/t0.07/seed3")))[1:] == [
         "-m",
         "moco.train",
         "experiment=mine",
@@ -206,7 +206,7 @@ def test_the_command_of_a_run() -> None:
         "seed=3",
         "run=o/t0.07/seed3",
     ]
-    assert command_of(made, Planned(0.07, 3, Path("a,b/seed3")))[-1] == 'run="a,b/seed3"'
+    assert command_of(made, PlannedRun(0.07, 3, Path("a,b/seed3")))[-1] == 'run="a,b/seed3"'
 
 
 @pytest.mark.parametrize("with_queue", [True, False])

@@ -198,7 +198,7 @@ def test_a_warning_turned_into_an_error_is_reported_in_one_sentence(run: Run) ->
         (["augment.jitter_p=1.5"], "moco: augment.jitter_p=1.5"),
         (["augment.second={blurp: 1}"], "add it with +augment.second.blurp=VALUE"),
         (["+augment.second.blurp=1"], "moco: augment.second has unknown fields blurp"),
-        (["data.root=IMAGES"], "moco: data.root=IMAGES has no effect on the embedded digits"),
+        (["data.root=IMAGES"], "moco: data.root=IMAGES has no effect with data.name=digits"),
         (["model.backbone=resnet19"], "moco: model.backbone='resnet19' must be one of"),
         (["+model.options.depth=3"], "moco: model.options={"),
         (["data.name=folder", "data.root=nowhere"], "nowhere"),

@@ -54,7 +54,7 @@ def test_a_folder_for_a_run_on_the_embedded_digits_is_refused(tmp_path: Path) ->
     """The digits would be evaluated instead."""
     config = SubjectConfig(run=str(trained(tmp_path / "run", "digits")))
     config.data.root = "mine"
-    with pytest.raises(ConfigError, match=r"data\.root=mine has no effect on the embedded digits.*add data=folder"):
+    with pytest.raises(ConfigError, match=r"data\.root=mine has no effect with data.name=digits.*add data=folder"):
         open_data(config, open_subject(config))
 
 

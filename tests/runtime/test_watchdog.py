@@ -55,7 +55,7 @@ def test_all_ranks_in_the_same_state_are_named() -> None:
 def test_the_message_lists_ranks_in_the_same_state_together() -> None:
     silent = RankState(7, "", False, silent_for=34.2)
     assert hang_message([waiting(), silent, waiting(), waiting(8)], 0.5) == (
-        "rank 1 hangs: no progress for 0.5 minutes; rank 1 after step 7, no heartbeat for 34 s; the others wait, "
+        "rank 1 hangs: no progress for 0.5 minutes; rank 1 after step 7, silent for 34 s; the others wait, "
         f"ranks 0, 2 after step 7, at {STEP}; rank 3 after step 8, at {STEP} (status 69; run the same command again to "
         "resume from the last checkpoint; if a step or a batch can take that long, raise hang_after)"
     )
@@ -63,7 +63,7 @@ def test_the_message_lists_ranks_in_the_same_state_together() -> None:
 
 def test_a_rank_without_any_heartbeat_has_no_step() -> None:
     message = hang_message([RankState(-1, "", False, silent_for=60.0), waiting()], 1)
-    assert "minutes; rank 0 no heartbeat for 60 s; the others wait, rank 1 after step 7" in message
+    assert "minutes; rank 0 silent for 60 s; the others wait, rank 1 after step 7" in message
 
 
 def test_at_most_eight_ranks_are_listed() -> None:
@@ -187,7 +187,7 @@ def test_ranks_read_each_other_in_a_store(monkeypatch: pytest.MonkeyPatch) -> No
         while not left and time.monotonic() < until:
             time.sleep(0.05)
     assert left[0] == HUNG
-    assert printed[0].startswith("moco: rank 1 hangs: no progress for 0.02 minutes; rank 1 after step 3, no heartbeat")
+    assert printed[0].startswith("moco: rank 1 hangs: no progress for 0.02 minutes; rank 1 after step 3, silent for")
 
 
 @pytest.mark.parametrize("busy", [True, False])

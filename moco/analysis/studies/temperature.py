@@ -38,8 +38,8 @@ from moco.untrusted import read_json, read_yaml
 RESULTS = "temperature.json"
 
 
-class Planned(NamedTuple):
-    """A run of the study."""
+class PlannedRun(NamedTuple):
+    """A run of the study, which may not be trained yet."""
 
     temperature: float
     seed: int
@@ -72,8 +72,8 @@ def explain(config: TemperatureConfig) -> None:
         ["T", "right: P %", "loss", "pull", "wrong: P %", "loss", "pull"],
         rows,
         f"right: the positive has similarity {similarities[RIGHT]:g}; wrong: it has {similarities[WRONG]:g}. P is the "
-        "softmax of the positive; pull is minus the gradient of the loss with respect to that similarity. "
-        "The pushes on the other candidates add up to the pull",
+        "softmax of the positive; pull is minus the derivative of the loss with respect to the similarity of the "
+        "positive. The derivatives with respect to the other similarities add up to the pull",
     )
     figure = output / "explain.svg"
     draw_explanation(figure, similarities, min(0.02, *temperatures), max(2.0, *temperatures))
@@ -89,7 +89,7 @@ def sweep(config: TemperatureConfig) -> list[Run]:
         ValueError: if runs failed, after the results of the others are written.
     """
     output, device = open_study(config.output, config)
-    _refuse_other_study(output, config)
+    _check_and_record(output, config)
     planned = plan(config, output)
     with keeping("saved runs", lambda: any(any(run.folder.glob("checkpoints/*.pt")) for run in planned)):
         failed = _train_all(config, planned)
@@ -107,16 +107,16 @@ def sweep(config: TemperatureConfig) -> list[Run]:
     return runs
 
 
-def plan(config: TemperatureConfig, output: Path) -> list[Planned]:
+def plan(config: TemperatureConfig, output: Path) -> list[PlannedRun]:
     """Return all runs, seed by seed, so that an interrupted study has complete curves of its first seeds."""
     return [
-        Planned(temperature, seed, output / f"t{temperature:g}" / f"seed{seed}")
+        PlannedRun(temperature, seed, output / f"t{temperature:g}" / f"seed{seed}")
         for seed in range(config.seeds)
         for temperature in config.temperatures
     ]
 
 
-def command_of(config: TemperatureConfig, run: Planned) -> list[str]:
+def command_of(config: TemperatureConfig, run: PlannedRun) -> list[str]:
     """Return the command that trains a run."""
     words = [sys.executable, "-m", "moco.train", f"experiment={config.recipe}", *config.overrides]
     if config.plugins:
@@ -129,13 +129,16 @@ def command_of(config: TemperatureConfig, run: Planned) -> list[str]:
     return [*words, f"method.temperature={run.temperature!r}", f"seed={run.seed}", f"run={folder}"]
 
 
-def _refuse_other_study(output: Path, config: TemperatureConfig) -> None:
-    """Refuse to resume a study with other settings of its runs. Temperatures and seeds can be added to it."""
+def _check_and_record(output: Path, config: TemperatureConfig) -> None:
+    """Record recipe, overrides and epochs in study.json, or refuse other values than the recorded ones.
+
+    A study can be continued with more temperatures and seeds.
+    """
     common = {name: getattr(config, name) for name in ("recipe", "overrides", "epochs")}
     file = output / "study.json"
     try:
         before = read_json(file) if file.exists() else common
-        require(isinstance(before, dict), "it is no study")
+        require(isinstance(before, dict), "it is no JSON object")
     except ValueError as error:
         raise ConfigError(f"{file} is damaged ({error}): remove it") from error
     different = [f"{name}={before.get(name)} (now {now})" for name, now in common.items() if before.get(name) != now]
@@ -146,8 +149,8 @@ def _refuse_other_study(output: Path, config: TemperatureConfig) -> None:
     write_json(file, common)
 
 
-def _train_all(config: TemperatureConfig, planned: Sequence[Planned]) -> dict[str, str]:
-    """Train the unfinished runs, also after one has failed, and return the reasons of the failures by directory."""
+def _train_all(config: TemperatureConfig, planned: Sequence[PlannedRun]) -> dict[str, str]:
+    """Train the unfinished runs, continue after a failure, and return the reasons of the failures by directory."""
     unfinished = [run for run in planned if not is_finished(run.folder)]
     done = len(planned) - len(unfinished)
     if done:
@@ -163,8 +166,10 @@ def _train_all(config: TemperatureConfig, planned: Sequence[Planned]) -> dict[st
     return failed
 
 
-def train(command: Sequence[str], folder: Path) -> str:
-    """Train one run, with its output in FOLDER.log, and return why it failed (its last line of output), else "".
+def train(words: Sequence[str], folder: Path) -> str:
+    """Train one run, with its output in FOLDER.log. Return "" after success, else the reason of the failure.
+
+    The reason is the last line of the output and, if a signal ended the run, its number.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, once the run has ended.
@@ -172,9 +177,9 @@ def train(command: Sequence[str], folder: Path) -> str:
     """
     log_file = folder.with_name(f"{folder.name}.log")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    status, stopped_by = run_to_end(command, log_file)
+    status, stopped_by = run_to_end(words, log_file)
     lines = [line.strip() for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
-    last = lines[-1] if lines else f"{shlex.join(command)} ended with status {status}"
+    last = lines[-1] if lines else f"{shlex.join(words)} ended with status {status}"
     if stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
     if stopped_by or status == PREEMPTED:
@@ -185,14 +190,17 @@ def train(command: Sequence[str], folder: Path) -> str:
     return last if status else ""
 
 
-def _measure_all(config: TemperatureConfig, planned: Sequence[Planned], device: torch.device) -> list[Run]:
+def _measure_all(config: TemperatureConfig, planned: Sequence[PlannedRun], device: torch.device) -> list[Run]:
     """Measure the last checkpoint of each finished run."""
     finished = sorted(run for run in planned if is_finished(run.folder))
     if not finished:
         return []
     trained = read_yaml(finished[0].folder / "config.yaml")
     source, fix = str(finished[0].folder), "set another output, to train the runs again"
-    given = {"root": root} if (root := trained["data"]["root"]) in _given_roots(config) else {}
+    # All runs have the same data. Images are fetched from an address in a run's file only if the recipe or the
+    # overrides name the address too, because the file may come from others: see `recorded_data`.
+    root = trained["data"]["root"]
+    given = {"root": root} if root in _given_roots(config) else {}
     data = recorded_data(trained["data"], given, source, trusted=True, fix=fix)
     sources = open_sources(DataConfig(**data), bank_size=trained["evaluate"]["bank_size"])
     note_several_labels(sources.train)
@@ -204,7 +212,7 @@ def _measure_all(config: TemperatureConfig, planned: Sequence[Planned], device: 
     return runs
 
 
-def _given_roots(config: TemperatureConfig) -> list[str]:
+def _given_roots(config: TemperatureConfig) -> list[str | None]:
     """Return the values of data.root in the recipe and in the overrides."""
     recipe = read_yaml(Path(config_dir(), "experiment", f"{config.recipe}.yaml"))
     pairs = [override.lstrip("+").partition("=")[::2] for override in config.overrides]
@@ -214,7 +222,7 @@ def _given_roots(config: TemperatureConfig) -> list[str]:
 class Column(NamedTuple):
     """A measure in the summary."""
 
-    title: str  # in the printed table; "" if it is not shown there
+    title: str  # of its column in the printed table; "" if `_show` does not print it with the others
     digits: int
     of: Callable[[Run], float | None]
 
@@ -277,7 +285,7 @@ def _show(runs: Sequence[Run]) -> None:
         ["T", *(column.title for column in shown.values()), "time"],
         rows,
         f"{runs[0].pictures:,} images, {runs[0].contrast.negatives:,} negatives; kNN uses the backbone's features, the "
-        "other measures the projection, as the loss does; ± is the standard deviation over seeds",
+        "other columns use the projection, as the loss does; ± is the standard deviation over seeds",
     )
 
 
