@@ -52,7 +52,9 @@ def queue_advice(images: int, keys_per_step: int, keys_per_image: int = 1, parts
     if queue <= images / 2:
         return f"method.queue_size={queue}"
     batch, fields = batch_for(images / 2 / keys_per_image, parts, group)
-    return f"{fields} method.queue_size={queue_for(images, batch * keys_per_image)}" if batch else "more images"
+    if not batch:
+        return "data.root to a folder of more images"
+    return f"{fields} method.queue_size={queue_for(images, batch * keys_per_image)}"
 
 
 def resize_for(size: int) -> int:

@@ -140,7 +140,7 @@ def _open_torchvision(dataset: Any, config: DataConfig, **split: Any) -> Any:
         if config.download:
             raise OSError(
                 f"{dataset.__name__} could not be downloaded to {where}: {error}; check the connection and the disk, "
-                f"or download {dataset.url} yourself"
+                f"or download {dataset.url} yourself and unpack it, so that the folder contains {dataset.base_folder}"
             ) from error
         found = "is incomplete or corrupted" if Path(folder, dataset.base_folder).exists() else "was not found"
         raise FileNotFoundError(

@@ -39,6 +39,7 @@ from moco.evaluation.task import (
     log_next_training,
     own_settings,
     progress_log,
+    warn_of_seen,
 )
 from moco.interop.encoder_file import EncoderFile
 from moco.optim.optimizers import build_optimizer
@@ -64,6 +65,7 @@ class Detection:
     train: BoxedImages
     held_out: BoxedImages
     shared: int  # number of held-out images that are training images, too
+    seen: bool  # whether an encoder was trained on held-out images
     supervision: Supervision
 
     def plan(self, seed: int) -> Plan:
@@ -146,8 +148,10 @@ def _set_up(config: DetectConfig, supervision: Supervision) -> Detection:
     ]
     if lacking:
         log(f"classes without a box in the training images, which the detector cannot learn: {first_names(lacking)}")
-    shared = count_shared(*([each.path for each in split.images] for split in (train_split, held_out)))
-    return Detection(config, own, files, output_of(config, own), train_split, held_out, shared, supervision)
+    paths = [[each.path for each in split.images] for split in (train_split, held_out)]
+    shared = count_shared(*paths)
+    seen = warn_of_seen(paths[1], files.values())
+    return Detection(config, own, files, output_of(config, own), train_split, held_out, shared, seen, supervision)
 
 
 def _form(config: DetectConfig) -> DetectorSettings:
@@ -248,7 +252,7 @@ def _data(run: Detection) -> dict[str, Any]:
         for split in (run.train, run.held_out)
     ]
     counts = {"training": len(run.train), "held_out": len(run.held_out), "classes": list(run.train.classes)}
-    counts["held_out_in_training"] = run.shared
+    counts |= {"held_out_in_training": run.shared, "held_out_seen": run.seen}
     counts |= {"training_boxes_left_out": run.train.dropped, "held_out_boxes_left_out": run.held_out.dropped}
     return boxes | counts | {"sha256": digest(images)}
 

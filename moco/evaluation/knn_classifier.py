@@ -282,6 +282,6 @@ def knn_title(setting: EvaluateConfig, references: int | None = None) -> str:
     more += ", projection features" * (setting.features == "projection")
     if setting.labels_per_class:
         labels = f"{setting.labels_per_class} label{'s' * (setting.labels_per_class > 1)} per class"
-        return f"held-out kNN, {labels}, {setting.draws} draws{more}"
+        return f"held-out kNN, {labels}, {setting.draws} draws (± standard deviation of the draws){more}"
     k = f"{setting.k}, or all references if fewer" if references is None else min(setting.k, references)
     return f"held-out kNN (k {k}{more})"

@@ -378,8 +378,9 @@ def _log_next(task: Task[LinearConfig]) -> None:
         fields |= changed_settings(config)
         reason = "baselines show what pretraining gained"
     elif config.kind == "sweep":
-        fields["protocol"] = "moco_v2_digits" if task.data.name == "digits" else "moco_v2"
-        reason = "the published protocol, with augmented images"
+        digits = task.data.name == "digits"
+        fields["protocol"] = "moco_v2_digits" if digits else "moco_v2"
+        reason = f"the published protocol, with augmented images{' (here with views for digits)' * digits}"
     else:
         reason = "chooses learning rate, weight decay and layer on a validation part, in seconds"
     log_next(command("moco.linear", config, **fields), reason)

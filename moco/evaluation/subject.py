@@ -28,8 +28,8 @@ from moco.data.unreadable import find_unreadable, reasons_of_all_ranks
 from moco.digest import digest
 from moco.distributed import is_rank_zero, rank, world_size
 from moco.evaluation.features import EvalTransform
+from moco.evaluation.seen import count_seen, held_out_seen, paths_of, refuse_or_warn, roots, shares_images
 from moco.evaluation.subsets import naming_field, split_each_class
-from moco.files import resolved
 from moco.interop.encoder_file import EncoderFile, build, read_encoder
 from moco.interop.hub import local_file
 from moco.interop.image_size import fit_to_size
@@ -164,8 +164,6 @@ def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Sourc
     if part > 0:
         problem = f"data.hold_out={part}, but data.name={name} has a held-out split"
         require(held_out is None, f"{problem}: remove data.hold_out")
-    if held_out is not None or part > 0:
-        _check_seen_images(config, subject)
     if part > 0:
         with naming_field("data.hold_out", part):
             rest, held = split_each_class(targets_of(bank), part, 0, HOLD_OUT, groups_of(bank))
@@ -179,12 +177,29 @@ def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Sourc
         other = "data.eval_root=DIR to other images of the same classes, or " if name in FOLDERS else ""
         fix = f"set {other}data.hold_out=0.2 to hold out a fifth of each class"
         raise ConfigError(f"data.name={name} has no held-out split: {fix}")
+    _check_seen_images(config, subject, held_out)
     if (rows := readable_rows(config, bank, "training")) is not None:
         bank = bank.subset(rows)
     if (rows := readable_rows(config, held_out, "held-out")) is not None:
         held_out = held_out.subset(rows)
     _check_classes(bank, held_out)
     return bank, held_out
+
+
+def _check_seen_images(config: SubjectConfig, subject: Subject, held_out: Source) -> None:
+    """Refuse held-out images if the encoder was trained with their labels; warn if it saw them without labels."""
+    data, hold_out, file = data_config(config, subject), config.data.hold_out, subject.file
+    if not held_out_seen(data, hold_out, file, held_out):
+        return
+    if hold_out:
+        which = f"data.hold_out={hold_out} holds out images"
+    elif data.label_file:
+        which = f"data.label_file={data.label_file} with another split than the run's holds out images"
+    else:
+        count = count_seen(paths_of(held_out), file)
+        which = f"{count:,} of the {len(held_out):,} held-out images are in the folder of images"
+    other = "data.root=DIR data.label_file=FILE" if data.label_file else "data.eval_root=DIR"
+    refuse_or_warn(f"{which} that the encoder was trained on", file, f"set {other} to other images")
 
 
 def readable_rows(config: SubjectConfig, source: Source, split: str) -> NDArray[np.int64] | None:
@@ -311,17 +326,7 @@ def data_config(config: SubjectConfig, subject: Subject) -> DataConfig:
 
 def _is_same_data(data: Mapping[str, Any], recorded: Mapping[str, Any]) -> bool:
     """Return whether two data sets have the same name and the same data.root."""
-    return bool(data.get("name") == recorded.get("name") and _roots(data)[0] == _roots(recorded)[0])
-
-
-def _shares_images(data: Mapping[str, Any], recorded: Mapping[str, Any]) -> bool:
-    """Return whether two data sets have the same name and a common folder, among data.root and data.more_roots."""
-    return bool(data.get("name") == recorded.get("name") and set(_roots(data)) & set(_roots(recorded)))
-
-
-def _roots(data: Mapping[str, Any]) -> list[Path]:
-    roots = [data.get("root") or "", *(data.get("more_roots") or ())]
-    return [resolved(Path(str(root)).expanduser()) for root in roots]
+    return bool(data.get("name") == recorded.get("name") and roots(data)[0] == roots(recorded)[0])
 
 
 def _paths(data: DataConfig) -> dict[str, Any]:
@@ -364,35 +369,4 @@ def images_digest(*splits: Source) -> str:
 def is_other_data(config: SubjectConfig, subject: Subject) -> bool:
     """Return whether the data set is known not to be the one on which the encoder was trained."""
     recorded = subject.file.config.get("data", {})
-    return bool(recorded) and not _shares_images(asdict(data_config(config, subject)), recorded)
-
-
-def held_out_seen(config: SubjectConfig, subject: Subject) -> bool:
-    """Return whether the encoder was trained on this data set, and the held-out images can be among those it saw.
-
-    This is possible with data.hold_out. It is also possible with data.label_file, if data.label_file, data.split or
-    data.eval_split differs from the run's.
-    """
-    data, recorded = asdict(data_config(config, subject)), subject.file.config.get("data", {})
-    splits = [
-        [str(each.get("label_file") and resolved(each["label_file"]))]
-        + [each.get(name) for name in ("split", "eval_split")]
-        for each in (data, recorded)
-    ]
-    other_split = bool(data["label_file"]) and splits[0] != splits[1]
-    return (config.data.hold_out > 0 or other_split) and _shares_images(data, recorded)
-
-
-def _check_seen_images(config: SubjectConfig, subject: Subject) -> None:
-    """Refuse held-out images if the encoder was trained with their labels; warn if it saw them without labels."""
-    if not held_out_seen(config, subject):
-        return
-    hold_out, file = config.data.hold_out, data_config(config, subject).label_file
-    field = f"data.hold_out={hold_out}" if hold_out else f"data.label_file={file} with another split than the run's"
-    problem = f"{field} holds out images that the encoder was trained on"
-    other = "data.root=DIR data.label_file=FILE" if file else "data.eval_root=DIR"
-    if subject.file.config.get("method", {}).get("labels", False):
-        raise ConfigError(f"{problem}, with their labels: set {other} to other images")
-    if is_rank_zero():
-        advice = f"for a better estimate, set {other} to other images"
-        warnings.warn(f"{problem}, without their labels: {advice}", RunWarning, stacklevel=2)
+    return bool(recorded) and not shares_images(asdict(data_config(config, subject)), recorded)

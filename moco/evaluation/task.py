@@ -28,12 +28,12 @@ from moco.distributed import is_rank_zero, on_rank_zero, world_size
 from moco.evaluation.average_precision import AveragePrecision
 from moco.evaluation.features import EvalTransform, Network, extract, pixels
 from moco.evaluation.metrics import mean_interval, mean_known
+from moco.evaluation.seen import count_seen, held_out_seen
 from moco.evaluation.subject import (
     Subject,
     data_config,
     data_with_absolute_paths,
     groups_of,
-    held_out_seen,
     images_digest,
     open_labeled,
     open_subject,
@@ -343,7 +343,7 @@ def describe(task: Task[Any], features: str) -> dict[str, Any]:
         "classes": list(task.train.classes),
         "sha256": on_rank_zero(lambda: images_digest(task.train, task.held_out)),
         "hold_out": config.data.hold_out,
-        "held_out_seen": held_out_seen(config, subject),  # by the encoder in training, without labels
+        "held_out_seen": held_out_seen(task.data, config.data.hold_out, subject.file, task.held_out),  # without labels
         "held_out_in_training": task.copies,
     }
     return describe_encoder(subject.file, features) | {"data": data, "look": asdict(subject.transform)}
@@ -366,3 +366,14 @@ def show_results(title: str, found: Sequence[Result], extra: Mapping[str, Sequen
     rows = [[each.encoder, *each.cells().values(), *more] for each, more in zip(found, added, strict=True)]
     baselines = found[0].metrics[0].baselines(found[0].encoder)
     table(title, ["encoder", *found[0].cells(), *extra], rows, f"{caption}\n{baselines}")
+
+
+def warn_of_seen(held_out: Sequence[str], files: Iterable[EncoderFile]) -> bool:
+    """Warn if an encoder was trained on held-out image files, and return whether one was."""
+    counts = {each.source: count for each in files if (count := count_seen(held_out, each))}
+    if counts and is_rank_zero():
+        source, count = next(iter(counts.items()))
+        problem = f"{count:,} of the {len(held_out):,} held-out images are in the folder of images that {source} was"
+        fix = "for a better estimate, name other held-out images"
+        warnings.warn(f"{problem} trained on: {fix}", RunWarning, stacklevel=2)
+    return bool(counts)

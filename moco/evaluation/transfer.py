@@ -16,7 +16,8 @@ from moco.data.transfer_sets import SETS
 from moco.digest import digest
 from moco.distributed import on_rank_zero
 from moco.evaluation.encoders import fields_of_encoder
-from moco.evaluation.subject import Subject, data_with_absolute_paths, open_subject, weights_digest
+from moco.evaluation.seen import count_seen, held_out_seen, paths_of, refuse_or_warn
+from moco.evaluation.subject import Subject, data_config, data_with_absolute_paths, open_subject, weights_digest
 from moco.evaluation.task import changed_images, changed_settings, describe_encoder, describe_start
 from moco.evaluation.transfer_data import MEASURES, OF_FIELDS, Splits, check_names, open_set
 from moco.evaluation.transfer_measures import MODES, Candidate, EvaluatedEncoder
@@ -74,6 +75,9 @@ def evaluate_transfer(config: TransferConfig) -> list[SetResults]:
         # their digests are needed, and because a data set that cannot be evaluated must end the command before anything
         # is computed.
         opened = {name: None if name in SETS else open_set(name, config, own) for name in config.sets}
+        for name, splits in opened.items():
+            if splits is not None and name != OF_FIELDS:  # for `OF_FIELDS`, `open_set` does this
+                _check_seen_images(name, splits, candidates)
         with keeping("finished results", lambda: any((output / FOLDER).glob(f"{config.mode}_*.json"))):
             found = [_evaluate_set(name, splits, config, own, candidates, device) for name, splits in opened.items()]
         _report(config, found, output)
@@ -112,6 +116,16 @@ def _open_other(name: str, config: TransferConfig) -> Subject:
         raise ConfigError(f"encoders={name}: {error}") from error
 
 
+def _check_seen_images(name: str, splits: Splits, candidates: Sequence[Candidate]) -> None:
+    """Refuse test images if an encoder was trained with their labels; warn if one saw them without labels."""
+    paths = paths_of(splits.test.source)
+    for each in candidates:
+        if each.seed is None and (count := count_seen(paths, each.subject.file)):
+            problem = f"sets={name}: {count:,} of the {len(paths):,} test images are in the folder of images that "
+            problem += f"{each.subject.file.source} was trained on"
+            refuse_or_warn(problem, each.subject.file, "name a folder of other images in sets")
+
+
 def _evaluate_set(
     name: str,
     splits: Splits | None,
@@ -143,7 +157,7 @@ def _evaluate_set(
     parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
     sizes = {part: len(images.source) if images else 0 for part, images in parts.items()}
     found.about = {"measure": splits.measure, "classes": splits.classes} | sizes
-    found.about["data"] = _data_of(name, config, own)
+    found.about["data"] = _data_of(name, config, own) | {"held_out_seen": _seen(name, splits, config, own, candidates)}
     found.about["changed"] = changed_settings(config, "transfer", SETTINGS[config.mode]) | changed_images(config)
     if splits.test.labels.ndim == 1:
         found.about["test_per_class"] = sorted(np.bincount(splits.test.labels).tolist(), reverse=True)
@@ -158,6 +172,15 @@ def _evaluate_set(
             log(f"{name}, {candidate.name}: {shown} %")  # before writing: the result stays visible if writing fails
             on_rank_zero(lambda: _write(file, found, candidate, config, own.output))  # noqa: B023 # called at once
     return found
+
+
+def _seen(name: str, splits: Splits, config: TransferConfig, own: Subject, candidates: Sequence[Candidate]) -> bool:
+    """Return whether test images can be among those that one of the encoders was trained on."""
+    files, test = [each.subject.file for each in candidates if each.seed is None], splits.test.source
+    if name != OF_FIELDS:
+        return any(count_seen(paths_of(test), file) for file in files)
+    data = data_config(config, own)
+    return any(held_out_seen(data, config.data.hold_out, file, test) for file in files)
 
 
 def _data_of(name: str, config: TransferConfig, own: Subject) -> dict[str, Any]:

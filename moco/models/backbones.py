@@ -8,7 +8,7 @@ from typing import Any
 import torchvision.models
 from torch import Tensor, nn
 
-from moco.config import require
+from moco.config import ConfigError, require
 from moco.files import cause
 from moco.models.vit import vit, vit_base, vit_conv_base, vit_conv_small, vit_small
 from moco.plugins import Registry
@@ -169,7 +169,8 @@ def build_backbone(name: str, options: Mapping[str, Any], group: str = "model.")
     except (TypeError, AttributeError, AssertionError, LookupError, ArithmeticError) as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
         reason = first.removesuffix(" but expected one of:")  # torch lists all alternatives
-        raise ValueError(
+        both = ", or set both with model=NAME, such as model=resnet18_cifar or model=resnet50"
+        raise ConfigError(
             f"{group}options={dict(options)} is invalid for {group}backbone={name!r}: {reason}; correct one of them"
-            + ", or set both with model=NAME" * (group == "model.")
+            + both * (group == "model.")
         ) from error

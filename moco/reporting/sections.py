@@ -161,6 +161,12 @@ def curves(runs: Sequence[Run], figures: Figures) -> Section:
         body += part("folded", title, part("charts", Markup().join(made)))
     dashed = any(curve.reference for chart in drawn for curve in chart.curves)
     notes = ["Dashed lines are reference values."] * dashed
+    if any(run.method.queue_size and getattr(run.method, "queue_start", "random") == "random" for run in runs):
+        notes.append(
+            "The queue starts with random keys, which are easy to tell from real ones. Until real keys have replaced "
+            "them, the loss is lower and the contrast accuracy higher than later: judge the training by the charts of "
+            "kNN or retrieval."
+        )
     notes += [f"{reason}: {'; '.join(phrases)}." for reason, phrases in single.items()]
     return Section("Curves", (part("paragraph", " ".join(notes), "soft") if notes else Markup()) + body)
 

@@ -31,6 +31,7 @@ from moco.evaluation.task import (
     log_next_training,
     own_settings,
     progress_log,
+    warn_of_seen,
 )
 from moco.interop.encoder_file import EncoderFile
 from moco.runs.results import prepare, record
@@ -62,6 +63,7 @@ class Segmentation:
     held_out: MaskedImages
     pixels: list[list[int]]  # number of pixels of each class, for each split
     shared: int  # number of held-out images that are training images, too
+    seen: bool  # whether an encoder was trained on held-out images
     supervision: Supervision
 
     @cached_property
@@ -141,8 +143,10 @@ def _set_up(config: SegmentConfig, supervision: Supervision) -> Segmentation:
         log(f"{name}: {file.source}: {file.backbone} ({file.layout}{file.trained})")
     log(f"{len(train_split):,} images for training, {len(held_out):,} held out, {len(train_split.classes)} classes")
     pixels = [each.tolist() for each in counts]
-    shared = count_shared(*([image for image, _ in split.pairs] for split in (train_split, held_out)))
-    return Segmentation(config, own, files, output_of(config, own), train_split, held_out, pixels, shared, supervision)
+    paths = [[image for image, _ in split.pairs] for split in (train_split, held_out)]
+    shared, seen = count_shared(*paths), warn_of_seen(paths[1], files.values())
+    output = output_of(config, own)
+    return Segmentation(config, own, files, output, train_split, held_out, pixels, shared, seen, supervision)
 
 
 def _with_classes(
@@ -248,7 +252,7 @@ def _data(run: Segmentation) -> dict[str, Any]:
         [(Path(path).name, *size_and_time(path)) for path, _ in split.pairs] for split in (run.train, run.held_out)
     ]
     counts = {"training": len(run.train), "held_out": len(run.held_out), "classes": list(run.train.classes)}
-    counts["held_out_in_training"] = run.shared
+    counts |= {"held_out_in_training": run.shared, "held_out_seen": run.seen}
     return masks | counts | {"sha256": digest([files, run.pixels])}
 
 

@@ -6,15 +6,20 @@ from moco.config import CheckpointConfig
 
 
 class CheckpointSchedule:
-    """Measures the training time of a run, and decides when to save. `seconds` is the time of earlier attempts."""
+    """Measures the training time of a run, and decides when to save.
+
+    `recorded` is the training time in seconds in the last checkpoint; at the start, that of earlier attempts.
+    """
 
     def __init__(self, config: CheckpointConfig, steps_per_epoch: int, seconds: float) -> None:
-        self._config, self._steps_per_epoch, self._earlier = config, steps_per_epoch, seconds
+        self._config, self._steps_per_epoch = config, steps_per_epoch
+        self._earlier = self.recorded = seconds
         self._began = self._saved = time.monotonic()
 
-    def seconds(self) -> float:
-        """Return the training time so far in seconds, with that of earlier attempts."""
-        return self._earlier + time.monotonic() - self._began
+    def record(self) -> float:
+        """Return the training time so far in seconds, with that of earlier attempts, for a checkpoint."""
+        self.recorded = self._earlier + time.monotonic() - self._began
+        return self.recorded
 
     def keeps(self, done: int) -> bool:
         """Return whether the checkpoint after `done` steps is kept permanently."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moco.config import RunWarning, TrainConfig, require
-from moco.config.recommended import batch_for, crop_advice, queue_advice
+from moco.config.recommended import FEW_IMAGES, batch_for, crop_advice, queue_advice
 from moco.config.train import bn_sync_fields
 from moco.data.base import Sources
 from moco.data.opening import build_views
@@ -31,10 +31,11 @@ def check_against_data(config: TrainConfig, plan: Plan, sources: Sources | None 
     """
     _, smaller = batch_for(plan.length, *_divisors(config))
     fix = f"set {smaller}" if smaller else "add images"
-    require(
-        plan.steps_per_epoch > 0,
-        f"batch_size={config.batch_size} exceeds the {plan.length} images of data.name={config.data.name}: {fix}",
-    )
+    error = f"batch_size={config.batch_size} exceeds the {plan.length} images of data.name={config.data.name}"
+    if plan.length < FEW_IMAGES and not config.starts_trained:
+        error += ", which are too few to train an encoder from random weights"
+        fix = f"use published weights (docs/howto/own_images.md), or to train nevertheless, {fix}"
+    require(plan.steps_per_epoch > 0, f"{error}: {fix}")
     _check_labels(config, sources)
     if config.optim.warmup_epochs >= config.epochs:
         _warn(

@@ -69,7 +69,8 @@ class LiveEvaluation:
         if self.measure == "knn" and self._sources.bank is not None:
             return knn_title(self._config.evaluate, len(self._sources.bank))
         used = images_used(self._plan.length, self._plan.batch_size)
-        return f"two crops of an image find each other among {used:,} images (± standard error)"
+        count = f"{used:,} images" if used == self._plan.length else f"{used:,} of the {self._plan.length:,} images"
+        return f"two crops of an image find each other among {count} (± standard error)"
 
     def probe_state(self) -> dict[str, Any]:
         """Return the online probe's entry of a checkpoint, {"probe": ...}; {} without a probe."""

@@ -58,6 +58,8 @@ def announce(trainer: "Trainer") -> None:
             log("method.labels=true: the encoder learns from the classes of the training images")
         if trainer.start:
             log(f"resuming {config.run} at step {trainer.start} of {plan.total_steps}")
+        elif method.queue is not None and method.queue.start == "random" and not method.queue.filled():
+            log("the queue starts with random keys: at first, the loss is lower and the contrast accuracy higher")
         if sources.bank is not None and not config.evaluate.labels_per_class and config.evaluate.k > len(sources.bank):
             log(f"evaluate.k={config.evaluate.k} exceeds the {len(sources.bank)} reference images: all of them vote")
         if config.evaluate.every_epochs and trainer.live.measure == "retrieval":
@@ -111,7 +113,7 @@ def summarize(trainer: "Trainer") -> None:
     trained = f"{config.model.backbone} with {method} on {config.data.name} ({plan.length:,} images)"
     rows = [
         ("trained", f"{trained}, {plan.epochs} epoch{'s' * (plan.epochs > 1)}, {plan.total_steps:,} steps"),
-        ("time", f"{duration(trainer.schedule.seconds())}, without the start-up"),
+        ("time", f"{duration(trainer.schedule.recorded)}, without the start-up"),
         ("computed", f"in {trainer.precision} on {trainer.computed_on}"),
     ]
     if speed := trainer.throughput.summary():

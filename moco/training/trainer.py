@@ -308,7 +308,7 @@ class Trainer:
             "step": done,
             "history": self.live.history,
             "measured": self.live.title,
-            "seconds": self.schedule.seconds(),
+            "seconds": self.schedule.record(),
             "scaler": self.scaler.state_dict(),
             "versions": versions | plugins.recorded(),
             "world_size": world_size(),

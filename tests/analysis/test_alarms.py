@@ -148,7 +148,8 @@ def test_a_momentum_that_cannot_leave_its_initial_weights() -> None:
     assert few_steps is not None
     assert (
         few_steps.remedy
-        == "method.momentum=0.99 with epochs=99 (43 % of the initial weights are left after 84 steps), or epochs=987"
+        == "method.momentum=0.99 with epochs=99 (without a longer run, 43 % of the initial weights would be left), or "
+        "epochs=987"
     )
     assert momentum_too_high({}, short._replace(total_steps=7000)) is None
     assert momentum_too_high({}, short._replace(momentum=None)) is None

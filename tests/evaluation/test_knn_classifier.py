@@ -266,4 +266,6 @@ def test_the_title_names_the_neighbors_that_vote_and_what_differs_in_kind() -> N
     assert knn_title(EvaluateConfig(k=200), 180) == "held-out kNN (k 180)"
     assert knn_title(EvaluateConfig(k=200)) == "held-out kNN (k 200, or all references if fewer)"
     other = EvaluateConfig(labels_per_class=1, draws=9, temperature=0.07, features="projection")
-    assert knn_title(other, 180) == "held-out kNN, 1 label per class, 9 draws, T 0.07, projection features"
+    assert knn_title(other, 180) == (
+        "held-out kNN, 1 label per class, 9 draws (± standard deviation of the draws), T 0.07, projection features"
+    )

@@ -164,7 +164,7 @@ def test_an_incomplete_set_is_refused_by_its_name(tmp_path: Path) -> None:
 
 def test_an_output_in_a_folder_of_sets_is_refused_by_that_field(tmp_path: Path) -> None:
     images = folders(tmp_path / "images")
-    with pytest.raises(ConfigError, match=f"output={images}/out lies in sets={images} .*: set output to a directory"):
+    with pytest.raises(ConfigError, match=f"output={images}/out lies in sets={images}, .*: set output to a directory"):
         run(config(Path(images, "out"), [images]))
 
 

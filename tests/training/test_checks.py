@@ -110,7 +110,7 @@ def test_the_advised_batch_and_queue_pass_all_checks(
         if images < (4 if bn == "grouped" else 2) * accumulate:
             assert str(caught.value).endswith("add images")
             return
-        followed(str(caught.value).partition(": set ")[2])
+        followed(str(caught.value).rpartition(" set ")[2])
     with pytest.warns(RunWarning, match=r"queue_size=1000") as warned:
         check_against_data(made, Plan(images, made.batch_size, 1, 0))
     if images < 8 * accumulate * made.method.keys_per_image:  # half of them are fewer than two groups of two

@@ -163,10 +163,10 @@ def test_images_may_be_moved_to_another_directory(tmp_path: Path) -> None:
 def test_a_run_among_its_images_is_refused_at_its_start_and_when_it_resumes(tmp_path: Path) -> None:
     made = started(tmp_path)
     made.data.root = str(tmp_path)  # the run lies in it, with its views.png
-    with pytest.raises(ConfigError, match=rf"run={tmp_path}/run lies in data\.root={tmp_path} "):
+    with pytest.raises(ConfigError, match=rf"run={tmp_path}/run lies in data\.root={tmp_path}, "):
         pretrain(made)
     made.run = f"{tmp_path}/images/run"
-    with pytest.raises(ConfigError, match=rf"run={tmp_path}/images/run lies in data\.root={tmp_path} "):
+    with pytest.raises(ConfigError, match=rf"run={tmp_path}/images/run lies in data\.root={tmp_path}, "):
         pretrain(made)
     assert not Path(made.run).exists()
 

@@ -266,7 +266,7 @@ def nothing_learned(series: Series, facts: Facts) -> Alarm | None:
 def _gain(series: Series, name: str, facts: Facts) -> tuple[float, str]:
     """Return the gain of an evaluation since the first step, minus its noise, in percentage points; and a text.
 
-    The text states both values and the noise. Without a second value the result is (nan, "").
+    The text states both values and the noise. For kNN, the noise is that of many images: it is larger with few images. Without a second value the result is (nan, "").
     """
     values = series.get(name, ())
     if len(values) < 2:
@@ -277,7 +277,7 @@ def _gain(series: Series, name: str, facts: Facts) -> tuple[float, str]:
         share = last / 100
         noise = NO_GAIN_ERRORS * 100 * math.sqrt(share * (1 - share) / min(facts.dataset_size, 1024))
     text = f"{name.rpartition('/')[2]} is {last:.1f} % ({first:.1f} % before the first step"
-    return last - first - noise, f"{text}; up to {noise:.1f} points more can be chance)"
+    return last - first - noise, f"{text}; a gain of up to {noise:.1f} points counts as none)"
 
 
 def _improves(series: Series, facts: Facts) -> bool:

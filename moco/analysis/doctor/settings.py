@@ -56,8 +56,8 @@ def _momentum_remedy(facts: Facts) -> str:
     left = better**facts.total_steps
     if left <= MAX_KEPT_BY_REMEDY:
         return f"method.momentum={better:g}"
-    now = f"{100 * left:.0f} % of the initial weights are left after {facts.total_steps:.0f} steps"
-    return f"method.momentum={better:g} with {_length_for(better, facts)} ({now})"
+    alone = f"without a longer run, {100 * left:.0f} % of the initial weights would be left"
+    return f"method.momentum={better:g} with {_length_for(better, facts)} ({alone})"
 
 
 def _length_for(momentum: float, facts: Facts) -> str:

@@ -1,0 +1,78 @@
+"""The images that an encoder saw in its training: the accuracy on them is not the accuracy on new images."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moco.config import ConfigError, DataConfig, RunWarning
+from moco.config.data import FOLDERS
+from moco.data.folder import FolderSource
+from moco.data.sources import Source
+from moco.distributed import is_rank_zero
+from moco.files import resolved
+from moco.interop.encoder_file import EncoderFile
+
+
+def roots(data: Mapping[str, Any]) -> list[Path]:
+    """Return the folders of a data set, data.root first."""
+    named = [data.get("root") or "", *(data.get("more_roots") or ())]
+    return [resolved(Path(str(root)).expanduser()) for root in named]
+
+
+def shares_images(data: Mapping[str, Any], recorded: Mapping[str, Any]) -> bool:
+    """Return whether two data sets have the same name and a common folder, among data.root and data.more_roots."""
+    return bool(data.get("name") == recorded.get("name") and set(roots(data)) & set(roots(recorded)))
+
+
+def count_seen(paths: Sequence[str], file: EncoderFile) -> int:
+    """Return how many of the image files lie in the folders whose images the encoder was trained on.
+
+    0 if its training split was not all images of these folders, or they are unknown.
+    """
+    recorded = file.config.get("data", {})
+    if recorded.get("name") not in (*FOLDERS, "imagenet") or recorded.get("label_file"):
+        return 0
+    searched = [root / "train" if recorded["name"] == "imagenet" else root for root in roots(recorded)]
+    folders = {folder: resolved(folder) for folder in {Path(path).parent for path in paths}}
+    seen = {folder for folder, real in folders.items() if any(real.is_relative_to(root) for root in searched)}
+    return sum(Path(path).parent in seen for path in paths)
+
+
+def paths_of(source: Source) -> list[str]:
+    """Return the image files of a source; [] if it does not read single files."""
+    return [source.path(i) for i in range(len(source))] if isinstance(source, FolderSource) else []
+
+
+def held_out_seen(data: DataConfig, hold_out: float, file: EncoderFile, held_out: Source | None = None) -> bool:
+    """Return whether the held-out images can be among those that the encoder was trained on.
+
+    This is possible with data.hold_out on its own data set. It is also possible with data.label_file, if
+    data.label_file, data.split or data.eval_split differs from the run's; and if the files lie in the folders of its
+    training.
+    """
+    own, recorded = asdict(data), file.config.get("data", {})
+    splits = [
+        [str(each.get("label_file") and resolved(each["label_file"]))]
+        + [each.get(name) for name in ("split", "eval_split")]
+        for each in (own, recorded)
+    ]
+    other_split = bool(own["label_file"]) and splits[0] != splits[1]
+    if (hold_out > 0 or other_split) and shares_images(own, recorded):
+        return True
+    return held_out is not None and count_seen(paths_of(held_out), file) > 0
+
+
+def refuse_or_warn(problem: str, file: EncoderFile, fix: str) -> None:
+    """Refuse held-out images that the encoder was trained on with their labels; without their labels, warn.
+
+    Args:
+        problem: which images these are, as the beginning of the sentence.
+        file: of the encoder.
+        fix: how to name other images.
+    """
+    if file.config.get("method", {}).get("labels", False):
+        raise ConfigError(f"{problem}, with their labels: {fix}")
+    if is_rank_zero():
+        warnings.warn(f"{problem}, without their labels: for a better estimate, {fix}", RunWarning, stacklevel=2)
