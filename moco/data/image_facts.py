@@ -24,7 +24,7 @@ TINY, LONG, HUGE = 8, 10, 50_000_000  # limits: pixels of a side, ratio of the s
 # Unusual properties that do not end a run, and how such an image is handled.
 ODDITIES = {
     "16 bits": "scaled to 8 bits; data.bits gives the scale",
-    "CMYK": "converted to RGB without its color profile",
+    "CMYK": "converted to RGB without its color profile; with data.channels=4, read as four bands",
     "palette": "converted to RGB",
     "transparent": "put on a white background; a band that a TIFF marks as alpha, such as infrared, counts as opacity",
     "extra band": "the last band is not used",

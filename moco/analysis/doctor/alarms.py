@@ -266,7 +266,8 @@ def nothing_learned(series: Series, facts: Facts) -> Alarm | None:
 def _gain(series: Series, name: str, facts: Facts) -> tuple[float, str]:
     """Return the gain of an evaluation since the first step, minus its noise, in percentage points; and a text.
 
-    The text states both values and the noise. For kNN, the noise is that of many images: it is larger with few images. Without a second value the result is (nan, "").
+    The text states both values and the noise; for kNN, this is the noise with many images. Without a second value the
+    result is (nan, "").
     """
     values = series.get(name, ())
     if len(values) < 2:
