@@ -89,7 +89,7 @@ def check_data(config: CheckDataConfig) -> None:
 
 def _check_shards(data: DataConfig, output: Path) -> None:
     report = check_shards(data)
-    _write(report, output, data.root, "the names of the damaged files")
+    _write(report, output, data.root, "the names of the damaged files" if report["damaged"] else "the result")
     if damaged := damage(report["damaged"]):
         fix = "copy such files again, or run the command of moco.pack again where the original images are"
         raise ValueError(f"data.root={data.root}: {damaged}: {fix}")
