@@ -188,6 +188,25 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     torch._foreach_copy_(flat, means.split([each.numel() for each in flat]))
 
 
+class HostCopy:
+    """A copy of a tensor on the host. From a GPU the copy is queued: only `tolist` waits until it has arrived."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._values, self._arrived = tensor.detach(), cast(torch.cuda.Event | None, None)
+        if tensor.device.type == "cuda":
+            # Copying into pinned memory does not make the host wait.
+            pinned = torch.empty_like(self._values, device="cpu", pin_memory=True)
+            self._values = pinned.copy_(self._values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def tolist(self) -> Any:
+        """Return the values as `Tensor.tolist` does: a number, or a list of numbers."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values.tolist()
+
+
 class DelayedMaxOverRanks:
     """Maximum over ranks without waiting, for requests that any rank can make at any step, such as a stop signal.
 
@@ -198,20 +217,14 @@ class DelayedMaxOverRanks:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._result = torch.zeros((), dtype=torch.int64)
-        self._arrived: torch.cuda.Event | None = None
+        self._result = HostCopy(torch.zeros((), dtype=torch.int64))
 
     def __call__(self, number: int) -> int:
         if world_size() == 1:
             return number
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        previous, maximum = int(self._result), torch.full((), number, dtype=torch.int64, device=self._device)
+        previous, maximum = int(self._result.tolist()), torch.full((), number, dtype=torch.int64, device=self._device)
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
-        self._result = maximum.to("cpu", non_blocking=True)  # into pinned memory, so that the host does not wait
-        if self._device.type == "cuda":
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+        self._result = HostCopy(maximum)
         return previous
 
 
@@ -320,11 +333,34 @@ def on_all_ranks(function: Callable[[], T]) -> T:
     return results[0]
 
 
-def in_lockstep(items: Iterable[T]) -> Iterator[T]:
-    """Iterate over items, the same number on every rank. If getting an item raises on one rank, it raises on all."""
-    remaining = iter(items)
-    while item := on_all_ranks(lambda: list(islice(remaining, 1))):
+def in_lockstep(items: Iterable[T], device: torch.device) -> Iterator[T]:
+    """Iterate over items, the same number on every rank. If getting an item raises on one rank, it raises on all.
+
+    With several ranks each item is requested one item early, so that the ranks know whether all of them have an item
+    before they use it, and do not wait for this answer.
+    """
+    if world_size() == 1:
+        yield from items
+        return
+    remaining, failed = iter(items), DelayedMaxOverRanks(device)
+
+    def request() -> tuple[list[T] | None, Exception | None]:
+        return _outcome(lambda: list(islice(remaining, 1)))
+
+    def raise_failure() -> None:
+        if failure is not None:
+            raise failure
+
+    item, failure = request()
+    failed(failure is not None)
+    while True:
+        following = request() if item else ([], None)
+        if failed(following[1] is not None):  # the answer is about `item`
+            all_gather_object(raise_failure)
+        if not item:
+            return
         yield item[0]
+        item, failure = following
 
 
 def wrap_ddp(method: nn.Module, device: torch.device) -> nn.Module:

@@ -1,6 +1,5 @@
 """`python -m moco.detect`: train a detector on each encoder with each seed, evaluate, save."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from moco.evaluation.encoders import folder_name, normalization, open_encoders
 from moco.evaluation.finetuning import plan_of
 from moco.evaluation.metrics import mean_interval
 from moco.evaluation.resumable import ResumableTraining, Supervision, supervised, train_resumably
-from moco.evaluation.steps import Schedule
+from moco.evaluation.steps import LogStep, Schedule
 from moco.evaluation.subject import open_encoder, output_of, weights_digest
 from moco.evaluation.task import (
     changed_settings,
@@ -159,7 +158,7 @@ def _form(config: DetectConfig) -> DetectorSettings:
     return DetectorSettings(config.detector, config.norm, config.bn, config.width, sizes)
 
 
-def _detect(run: Detection, name: str, on_step: Callable[[str], None]) -> Detected:
+def _detect(run: Detection, name: str, on_step: LogStep) -> Detected:
     """Train and evaluate one encoder with all seeds; save the network of the last seed and predictions.png."""
     results, config, settings = [], run.config, run.training(name)
     for seed in range(config.seed, config.seed + config.seeds):
@@ -179,7 +178,7 @@ def _training(run: Detection, name: str, seed: int) -> ResumableTraining:
     return ResumableTraining(folder, name, seed, identity, config.steps, config.batch_size)
 
 
-def _train(run: Detection, training: ResumableTraining, on_step: Callable[[str], None]) -> nn.Module:
+def _train(run: Detection, training: ResumableTraining, on_step: LogStep) -> nn.Module:
     config, classes, device = run.config, len(run.train.classes), run.supervision.device
     name, seed, untrained = training.encoder, training.seed, training.encoder == "untrained"
     network = build_detector(run.files[name], _form(config), classes, seed=seed, untrained=untrained).to(device)

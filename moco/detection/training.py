@@ -21,7 +21,7 @@ from moco.data.plan import Plan
 from moco.data.workers import count_processes, loaded, make_loader
 from moco.detection.images import WORKERS, BoxedImages, coco_masks
 from moco.detection.views import EvaluationDataset, Example, TrainingDataset, ViewSettings
-from moco.distributed import in_lockstep, on_all_ranks
+from moco.distributed import in_lockstep
 from moco.evaluation.finetuning import train_step
 from moco.evaluation.steps import OnStep, Schedule, run_steps
 from moco.models.modes import evaluating
@@ -74,7 +74,7 @@ def train(
     first = next(forward.parameters())
     loader = _loader(images, plan, settings, first.device, start, settings.schedule.steps)
 
-    def step_of(batch: Sequence[Example], step: int, lr: float) -> tuple[float, float]:
+    def step_of(batch: Sequence[Example], step: int, lr: float) -> Tensor:
         pixels, targets, keys = _on_device(batch, first)
 
         def loss_of(images: Tensor) -> Tensor:
@@ -109,8 +109,13 @@ def recompute_statistics(
     layers = [layer for layer in loss.modules() if isinstance(layer, GroupedBatchNorm)]
     momenta = [layer.momentum for layer in layers]
     loader = _loader(images, plan, settings, first.device, 0, batches)
-    for number, batch in enumerate(in_lockstep(loaded(loader, WORKERS)), start=1):
-        on_all_ranks(heartbeat)
+
+    def watched() -> Iterator[Sequence[Example]]:
+        for batch in loaded(loader, WORKERS):
+            heartbeat()
+            yield batch
+
+    for number, batch in enumerate(in_lockstep(watched(), first.device), start=1):
         for layer in layers:
             layer.momentum = 1 / number  # the running average is then the mean of all batches so far
         with torch.autocast(first.device.type, settings.precision, settings.precision != torch.float32):

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -30,7 +29,7 @@ from moco.evaluation import task as evaluation
 from moco.evaluation.finetuning import TrainSettings, build_finetune_optimizer, classifier, mixing, plan_of, train
 from moco.evaluation.metrics import Metrics, compute_metrics, mean_interval, rank_classes
 from moco.evaluation.resumable import ResumableTraining, Supervision, supervised, train_resumably
-from moco.evaluation.steps import OnStep
+from moco.evaluation.steps import LogStep, OnStep
 from moco.evaluation.subject import Subject, data_with_absolute_paths, images_digest, labels_of, weights_digest
 from moco.evaluation.task import Result, Task, training_view
 from moco.interop.encoder_file import EncoderFile, build, save_encoder
@@ -170,7 +169,7 @@ def _log_plan(run: Finetuning) -> Plan:
 
 
 def _finetune(
-    run: Finetuning, name: str, settings: dict[str, Any], supervision: Supervision, on_step: Callable[[str], None]
+    run: Finetuning, name: str, settings: dict[str, Any], supervision: Supervision, on_step: LogStep
 ) -> Result:
     """Train and evaluate one encoder with all seeds; save the network of the last seed."""
     task = run.task
@@ -191,7 +190,7 @@ def _finetune(
 
 
 def train_and_measure(
-    run: Finetuning, name: str, on_step: Callable[[str], None], supervision: Supervision | None = None
+    run: Finetuning, name: str, on_step: LogStep, supervision: Supervision | None = None
 ) -> tuple[list[Metrics], nn.Sequential, Plan]:
     """Train one encoder, "pretrained" or "untrained", with each seed, and measure it on the held-out split.
 
@@ -209,7 +208,7 @@ def train_and_measure(
 
 
 def _train(
-    run: Finetuning, name: str, seed: int, supervision: Supervision | None, on_step: Callable[[str], None]
+    run: Finetuning, name: str, seed: int, supervision: Supervision | None, on_step: LogStep
 ) -> tuple[nn.Sequential, Plan]:
     task, config = run.task, run.task.config
     rows = pick(config, task.train, seed)
@@ -231,7 +230,7 @@ def _train(
         train(forward, optimizer, stream, labels, plan, settings, start, after)
 
     if supervision is None:
-        steps(0, lambda step: on_step(f"{name}, seed {seed}: loss {step.loss:.3f}"))
+        steps(0, lambda step: on_step(lambda: f"{name}, seed {seed}: loss {step.loss:.3f}"))
     else:
         with supervision.watchdog.paused():  # reads the size and the time of each image file
             identity = digest(_identity(run, name, seed, plan, rows))

@@ -8,7 +8,6 @@ Legend: N labeled images, C channels, S image size, B global batch, n = B / W im
 classes.
 """
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ from moco.evaluation.steps import OnStep, Schedule, run_steps, seed_step
 from moco.models.modes import set_training
 from moco.models.norm import convert_batch_norm
 from moco.optim.optimizers import build_optimizer, parameter_groups
-from moco.runtime.errors import NonFiniteLoss
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images (B, C, S, S), labels (B,) -> mixed images, (B, L)
 
@@ -157,8 +155,10 @@ def train_step(
     loss_of: Callable[[Tensor], Tensor],
     lr: float,
     precision: torch.dtype,
-) -> tuple[float, float]:
-    """Train on one global batch; return its loss and the norm of its gradient.
+) -> Tensor:
+    """Train on one global batch; return its loss and the norm of its gradient, (2,).
+
+    The host does not wait for the device, so the caller must check later that both are finite.
 
     Args:
         forward: the network, or DDP around it.
@@ -166,9 +166,6 @@ def train_step(
         loss_of: computes this rank's loss from the float32 outputs; the mean over ranks is the loss of the batch.
         lr: of this step; multiplied by each group's "lr_scale".
         precision: data type of autocast; float32: no autocast.
-
-    Raises:
-        NonFiniteLoss: on every rank, before any weight has changed.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
@@ -178,12 +175,10 @@ def train_step(
     loss = loss_of(outputs.float())
     loss.backward()
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    # The loss is averaged here, and DDP has averaged the gradients over the ranks, so all ranks decide the same.
-    value, norm = torch.stack([mean_over_ranks(loss.detach()), nn.utils.get_total_norm(gradients)]).tolist()
-    if not (math.isfinite(value) and math.isfinite(norm)):
-        raise NonFiniteLoss(f"loss {value:.4g}, gradient norm {norm:.4g}")
+    # The loss is averaged here, and DDP has averaged the gradients over the ranks, so all ranks return the same.
+    measured = torch.stack([mean_over_ranks(loss.detach()), nn.utils.get_total_norm(gradients)])
     optimizer.step()
-    return value, norm
+    return measured
 
 
 def train(
@@ -210,7 +205,7 @@ def train(
     """
     schedule = Schedule(settings.lr, plan.total_steps, "cosine", settings.warmup, epochs=plan.epochs)
 
-    def step_of(batch: Batch, step: int, lr: float) -> tuple[float, float]:
+    def step_of(batch: Batch, step: int, lr: float) -> Tensor:
         images, target = batch.views[0], labels[batch.index]
         if settings.mix is not None:
             torch.manual_seed(step_seed(plan.seed, step << 16))  # the same on all ranks

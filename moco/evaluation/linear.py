@@ -166,7 +166,7 @@ def _official(task: Task[LinearConfig], name: str, encoder: Encoder) -> Probe:
         head = new_head(network.width, len(task.train.classes), official.head_std, seed).to(task.device)
         views = batches(task.train, plan, [view], task.device, task.data.workers)
         with evaluation.progress_log(f"{name}: epoch", config.epochs) as log_epoch:
-            epochs = train_head(backbone, head, views, labels, plan, optim, log_epoch)
+            epochs = train_head(backbone, head, views, labels, plan, optim, lambda line: log_epoch(lambda: line))
         heads.append(LinearHead(head.weight.detach(), head.bias.detach(), _about_head(task, OUTPUT, unit=False)))
     test = _features(task, network, task.held_out, f"{name}: features of the held-out images")
     metrics = [_evaluated(task, head, test) for head in heads]

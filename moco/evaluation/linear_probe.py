@@ -109,7 +109,7 @@ def train_head(
     optimizer = torch.optim.SGD(head.parameters(), lr=0.0, momentum=optim.momentum, weight_decay=optim.weight_decay)
     epochs: list[tuple[float, float]] = []
     sums = torch.zeros(2, dtype=torch.float64, device=float64_device(labels.device))  # loss and accuracy of the epoch
-    for step, batch in enumerate(in_lockstep(batches)):
+    for step, batch in enumerate(in_lockstep(batches, labels.device)):
         with torch.no_grad():
             features = backbone(batch.views[0])  # (n, D)
         scores = head(features)  # (n, L)

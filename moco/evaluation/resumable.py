@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from moco.config import ConfigError, ResumableConfig
 from moco.distributed import DelayedMaxOverRanks, on_all_ranks, on_rank_zero
-from moco.evaluation.steps import OnStep, Step
+from moco.evaluation.steps import LogStep, OnStep, Step
 from moco.files import atomic_write
 from moco.runs.metrics import METRICS, MetricsLogger
 from moco.runs.weights_file import read_weights
@@ -131,7 +131,7 @@ def train_resumably(
     network: nn.Module,
     optimizer: Optimizer,
     train: Callable[[int, OnStep], None],
-    on_step: Callable[[str], None],
+    on_step: LogStep,
 ) -> None:
     """Continue a training from its saved state, if there is one; log its metrics and save its state while it runs.
 
@@ -140,7 +140,7 @@ def train_resumably(
         training: its files and its length.
         network, optimizer: on this rank. One state serves all ranks, because they hold the same weights.
         train: runs the steps from the given one on, and calls the given function after each step.
-        on_step: receives a line of text for each step; "" for the steps that the saved state includes.
+        on_step: see `LogStep`.
 
     Raises:
         Preempted: on all ranks, once the state is saved, if one of them received a signal or reached the time limit.
@@ -151,7 +151,7 @@ def train_resumably(
         log(f"{title}: {finished} ({training.state})")
         supervision.saved(start, steps)
     for _ in range(start):
-        on_step("")
+        on_step(None)
     on_all_ranks(supervision.heartbeat)
     if start < steps:
         stop = DelayedMaxOverRanks(supervision.device)
@@ -160,11 +160,12 @@ def train_resumably(
 
             def after(step: Step) -> None:
                 supervision.watchdog.finished(step.done)
-                on_step(f"{title}: loss {step.loss:.3f}")
+                on_step(lambda: f"{title}: loss {step.loss:.3f}")
                 write(step)
                 reason = stop(supervision.preemption.reason()) if step.done < steps else Reason.NONE
                 due = step.done == steps or (supervision.save_every and step.done % supervision.save_every == 0)
                 if due or reason:
+                    step.check()
                     on_rank_zero(lambda: save_state(training.state, network, optimizer, step.done))
                     supervision.saved(step.done, steps)
                 if reason:
@@ -189,6 +190,7 @@ def _logging(supervision: Supervision, training: ResumableTraining, start: int) 
     def write(step: Step) -> None:
         times.add_step(step.began, step.arrived)
         if step.done % supervision.log_every == 0 or step.done in (1, training.steps):
+            step.check()
             values = {f"train/{name}": getattr(step, name) for name in ("loss", "lr", "gradient_norm")} | times.record()
             on_rank_zero(lambda: opened[0].log(step.done, values))
 

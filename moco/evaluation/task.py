@@ -29,6 +29,7 @@ from moco.evaluation.average_precision import AveragePrecision
 from moco.evaluation.features import EvalTransform, Network, extract, pixels
 from moco.evaluation.metrics import mean_interval, mean_known
 from moco.evaluation.seen import count_seen, held_out_seen
+from moco.evaluation.steps import LogStep
 from moco.evaluation.subject import (
     Subject,
     data_config,
@@ -131,26 +132,26 @@ def training_view(
 
 
 @contextmanager
-def progress_log(description: str, total: int) -> Iterator[Callable[[str], None]]:
-    """Yield a function to call after each of `total` steps or epochs, with a line of text about that step.
+def progress_log(description: str, total: int) -> Iterator[LogStep]:
+    """Yield a function to call after each of `total` steps or epochs, with a function that returns a line about it.
 
     The function advances a progress bar. It logs the first line, the last line and, between them, a line whenever 30
-    seconds have passed, each with the time left. For a step that an earlier command has finished, pass an empty line:
-    it is not logged.
+    seconds have passed, each with the time left. Only then it calls the given function, which may have to wait for
+    the device. For a step that an earlier command has finished, pass None: it is not logged.
     """
     start = last = time.monotonic()
     done = taken = 0
     with progress_bar(description) as bar:
 
-        def on_step(line: str) -> None:
+        def on_step(line: Callable[[], str] | None) -> None:
             nonlocal last, done, taken
             done += 1
-            taken += bool(line)
+            taken += line is not None
             bar(done, total)
-            if line and (taken == 1 or done == total or time.monotonic() - last > 30):
+            if line is not None and (taken == 1 or done == total or time.monotonic() - last > 30):
                 last = time.monotonic()
                 left = duration((last - start) / taken * (total - done))
-                log(f"{description} {done}/{total} · {line} · left {left}")
+                log(f"{description} {done}/{total} · {line()} · left {left}")
 
         yield on_step
 

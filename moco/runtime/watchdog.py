@@ -54,8 +54,7 @@ def code_location(thread: int) -> tuple[str, bool]:
     file = Path(ours[-1].filename).relative_to(_PACKAGE.parent).as_posix()
     # Only the innermost line can be in a collective: while a collective calls other code, such as the reading of a
     # batch in `in_lockstep`, the other ranks wait for this one.
-    in_collective = file in ("moco/distributed.py", "moco/training/nonfinite.py")
-    waiting = in_collective or any(each.name == "train_step" for each in ours)
+    waiting = file == "moco/distributed.py" or any(each.name == "train_step" for each in ours)
     return f"{file}:{ours[-1].lineno} ({ours[-1].name})", waiting
 
 

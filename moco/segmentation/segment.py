@@ -1,7 +1,6 @@
 """`python -m moco.segment`: train a segmentation network on each encoder with each seed, evaluate, save."""
 
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +19,7 @@ from moco.evaluation.encoders import folder_name, normalization, open_encoders
 from moco.evaluation.finetuning import build_finetune_optimizer, plan_of
 from moco.evaluation.metrics import mean_interval
 from moco.evaluation.resumable import ResumableTraining, Supervision, supervised, train_resumably
-from moco.evaluation.steps import Schedule
+from moco.evaluation.steps import LogStep, Schedule
 from moco.evaluation.subject import open_encoder, output_of, weights_digest
 from moco.evaluation.task import (
     changed_settings,
@@ -174,7 +173,7 @@ def _with_classes(
     return replace(train_split, classes=classes), replace(held_out, classes=classes)
 
 
-def _segment(run: Segmentation, name: str, on_step: Callable[[str], None]) -> Segmented:
+def _segment(run: Segmentation, name: str, on_step: LogStep) -> Segmented:
     """Train and evaluate one encoder with all seeds; save the network of the last seed and predictions.png."""
     overlaps, config, settings = [], run.config, run.training(name)
     for seed in range(config.seed, config.seed + config.seeds):
@@ -194,7 +193,7 @@ def _training(run: Segmentation, name: str, seed: int) -> ResumableTraining:
     return ResumableTraining(folder, name, seed, identity, config.steps, config.batch_size)
 
 
-def _train(run: Segmentation, training: ResumableTraining, on_step: Callable[[str], None]) -> SegmentationNetwork:
+def _train(run: Segmentation, training: ResumableTraining, on_step: LogStep) -> SegmentationNetwork:
     config, classes, device = run.config, len(run.train.classes), run.supervision.device
     name, seed, untrained = training.encoder, training.seed, training.encoder == "untrained"
     plan = run.plan(seed)

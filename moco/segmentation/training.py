@@ -81,7 +81,7 @@ def train(
     sampler = islice(plan.samples(start), settings.schedule.steps - start)
     loader = make_loader(dataset, settings.workers, sampler, pin_memory=device.type == "cuda")
 
-    def step_of(batch: tuple[Tensor, Tensor], step: int, lr: float) -> tuple[float, float]:
+    def step_of(batch: tuple[Tensor, Tensor], step: int, lr: float) -> Tensor:
         crops, masks = (each.to(device, non_blocking=True) for each in batch)
         return train_step(forward, optimizer, crops, pixel_loss(masks), lr, settings.precision)
 

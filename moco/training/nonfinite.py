@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from moco.data.plan import Plan
-from moco.distributed import gather, on_rank_zero, rank, world_size
+from moco.distributed import HostCopy, gather, on_rank_zero, rank, world_size
 from moco.files import WriteError, atomic_write, cause
 from moco.runtime.errors import NonFiniteLoss
 from moco.training.step import Measures
@@ -52,9 +52,9 @@ class NonFiniteGuard:
         self.in_step, self.skipped = in_step, skipped
         self._plan, self._limit = plan, limit
         self._folder, self._state, self._log = folder, state, log
-        # The last step: number, image indices (n,), loss and gradient norm (2,), and the event of their arrival on the
-        # host.
-        self._pending: tuple[int, Tensor, Tensor, torch.cuda.Event | None] | None = None
+        self._pending: tuple[int, Tensor, HostCopy] | None = (
+            None  # the last step: number, image indices (n,), see `check`
+        )
 
     def skip(self, step: int, index: Tensor, error: NonFiniteLoss) -> None:
         """Skip a step, counted from 0, with the image indices `index` (n,) on this rank. Every rank calls this.
@@ -78,21 +78,14 @@ class NonFiniteGuard:
         if self.in_step:
             return
         self.check_pending()
-        values, ready = torch.stack([measures["loss"], measures["gradient_norm"]]), None
-        if values.device.type == "cuda":
-            values = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record()
-        self._pending = step, index, values, ready
+        self._pending = step, index, HostCopy(torch.stack([measures["loss"], measures["gradient_norm"]]))
 
     def check_pending(self) -> None:
         """Check the newest step, before its weights are saved or evaluated. Errors: see `skip`."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        step, index, values, ready = pending
-        if ready is not None:
-            ready.synchronize()
+        step, index, values = pending
         loss, norm = values.tolist()
         if math.isfinite(loss) and math.isfinite(norm):
             return

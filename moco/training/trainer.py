@@ -139,7 +139,8 @@ class Trainer:
             self.notes += self.live.exclude_unreadable(self.unreadable.note)
         if config.evaluate.every_epochs and self.start == 0:
             self.notes += self.live.count_copies()
-        self.delayed_max = DelayedMaxOverRanks(device)  # of the reasons to stop
+        self.delayed_max = DelayedMaxOverRanks(device)  # of the reasons to stop, and whether to save by time
+        self.late = False  # whether the last checkpoint is older than `checkpoint.every_minutes`
         self.schedule = CheckpointSchedule(config.checkpoint, self.plan.steps_per_epoch, state.get("seconds", 0.0))
 
     def _check_settings(self) -> None:
@@ -282,9 +283,7 @@ class Trainer:
         With `keep_best`, also save after an evaluation with the best result so far.
         """
         best = self._is_best(done)
-        due = done == self.plan.total_steps or best or self.schedule.is_due(done)
-        if not due and done % min(self.config.log_every, 10) == 0:  # not after each step, because all ranks wait
-            due = on_rank_zero(self.schedule.is_late)
+        due = done == self.plan.total_steps or best or self.late or self.schedule.is_due(done)
         if due:
             self._save(done, self.schedule.keeps(done), best)
         return due
@@ -337,7 +336,10 @@ class Trainer:
             Preempted: on all ranks, once the checkpoint is on disk.
         """
         reason_here = Reason.NOT_SAVED if self.saver.failed() else self.preemption.reason()
-        if reason := max(reason, self.delayed_max(reason_here)):
+        late_here = is_rank_zero() and self.schedule.is_late()
+        reason_anywhere, late = divmod(self.delayed_max(2 * reason_here + late_here), 2)  # one reduction for both
+        self.late = bool(late) and not saved  # after a save, the answer is still about the time before it
+        if reason := max(reason, reason_anywhere):
             if not saved:
                 self._save(done)  # raises the error of the previous save, on all ranks
             on_rank_zero(self.saver.join)

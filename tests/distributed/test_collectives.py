@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -188,9 +189,12 @@ def errors(folder: Path) -> tuple[list[int], list[int], list[str]]:
             raise ImageError("second of rank 1")
         yield 10 * rank() + 1
 
+    with patch("torch.distributed.all_gather_object", side_effect=AssertionError("a collective of objects")):
+        assert list(in_lockstep(range(3), CPU)) == [0, 1, 2]
+        assert not list(in_lockstep([], CPU))
     seen: list[int] = []
     attempts: list[Callable[[], object]] = [
-        lambda: seen.extend(in_lockstep(of_rank())),
+        lambda: seen.extend(in_lockstep(of_rank(), CPU)),
         lambda: extract(pixels, OneUnreadable(), *shown),
         lambda: cached(folder, "key", 8, 48, lambda rows: stream(pixels, OneUnreadable(), rows, *shown)),
         lambda: train_head(

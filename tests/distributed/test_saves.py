@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,21 @@ from safetensors.torch import load_file
 from tests.cli.test_train import TINY, environment, finished
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moco.train")
+
+
+@pytest.mark.parametrize("launcher", [(sys.executable, "-m", "moco.train"), TORCHRUN])
+@pytest.mark.slow
+def test_ranks_save_together_when_the_last_checkpoint_is_old(launcher: tuple[str, ...], tmp_path: Path) -> None:
+    """Rank 0 decides by its clock; the ranks know it one step later, and save once for each decision."""
+    call = [*launcher, *TINY, "run=timed", "checkpoint.every_minutes=0.00001", "checkpoint.every_epochs=0"]
+    call += ["checkpoint.keep_last=100", "evaluate.every_epochs=0"]
+    result = subprocess.run(
+        call, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    steps = sorted(int(path.stem.removeprefix("step_")) for path in (tmp_path / "timed/checkpoints").glob("step_*.pt"))
+    assert len(steps) >= 4
+    assert all(later - earlier >= 2 for earlier, later in pairwise(steps[:-1])), steps
 
 
 @pytest.mark.long

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,13 @@ from moco.evaluation.finetuning import (
     plan_of,
     train,
 )
+from moco.evaluation.resumable import ResumableTraining, Supervision, train_resumably
+from moco.evaluation.steps import OnStep
 from moco.evaluation.subject import labels_of
 from moco.models.backbones import build_backbone
 from moco.runtime.errors import NonFiniteLoss
+from moco.runtime.preemption import PreemptionHandler
+from moco.runtime.watchdog import Watchdog
 
 CPU = torch.device("cpu")
 SGD = OptimConfig(name="sgd", momentum=0.9, weight_decay=1e-2, exclude=[])
@@ -243,26 +248,27 @@ def test_exclude_and_the_two_learning_rates() -> None:
     }
 
 
-def test_a_non_finite_loss_is_an_error_before_the_weights_change() -> None:
-    network = smooth()
-    plan = plan_of(24, 12, 2, 0, seed=0)
-    weights: list[dict[str, Tensor]] = []
+@pytest.mark.parametrize("wrong", [1, 3, 4])
+def test_a_non_finite_step_is_an_error_and_is_never_saved(tmp_path: Path, wrong: int) -> None:
+    """The error of a step can come one step later; the state is saved after each step here."""
+    network, plan = smooth(), plan_of(24, 12, 2, 0, seed=0)
+    optimizer = build_finetune_optimizer(network, SGD)
     stream = [Batch(torch.arange(12), [torch.rand(12, 3, 8, 8)]) for _ in range(4)]
-    stream[2].views[0][3, 0, 0, 0] = math.inf
-    with pytest.raises(NonFiniteLoss, match=r"step 3 of 4 .*loss nan, .*lr=0.05"):
-        train(
-            network,
-            build_finetune_optimizer(network, SGD),
-            stream,
-            torch.from_numpy(labels_of(source(24))),
-            plan,
-            TrainSettings(0.05),
-            0,
-            lambda _: weights.append({name: p.detach().clone() for name, p in network.named_parameters()}),
-        )
-    assert len(weights) == 2
-    for name, parameter in network.named_parameters():
-        assert torch.equal(parameter, weights[-1][name])
+    stream[wrong - 1].views[0][3, 0, 0, 0] = math.inf
+    labels = torch.from_numpy(labels_of(source(24)))
+    training = ResumableTraining(tmp_path / "finetune" / "pretrained", "pretrained", 0, "0" * 64, 4, 12)
+
+    def steps(start: int, after: OnStep) -> None:
+        train(network, optimizer, stream, labels, plan, TrainSettings(0.05), start, after)
+
+    supervision = Supervision(torch.device("cpu"), Watchdog(0), PreemptionHandler(0), save_every=1, log_every=10)
+    with pytest.raises(NonFiniteLoss, match=rf"step {wrong} of 4 .*loss nan, .*lr=0.05"):
+        train_resumably(supervision, training, network, optimizer, steps, lambda line: None)
+    assert training.state.exists() == (wrong > 1)
+    if wrong > 1:
+        saved = torch.load(training.state)
+        assert saved["step"] == wrong - 1
+        assert all(weight.isfinite().all() for weight in saved["network"].values())
 
 
 def test_bf16_autocast_stays_near_float32() -> None:

@@ -1,7 +1,8 @@
 """Run commands of moco on an emulated device: python -m tests.rehearsal.commands DEVICE COMMANDS
 
 DEVICE is cuda or mps. COMMANDS is a JSON list, such as ["knn device=cuda"]; a command on the CPU runs as usual. The
-process must have the environment of `tests.rehearsal.build` or, for MPS, of `tests.rehearsal.mps`.
+process must have the environment of `tests.rehearsal.build` or, for MPS, of `tests.rehearsal.mps`. After each command
+on a CUDA device, a line of JSON lists how often the host would have waited at each line of code.
 """
 
 import json
@@ -89,11 +90,14 @@ def main(device: str, commands: list[str]) -> None:
     throughput.SIDE.update(dict.fromkeys(throughput.SIDE, 64))  # the runs do not need the rate of a matrix product
     # On a CPU, torchvision removes overlaps among many boxes level by level, which orders equal scores differently.
     same_boxes = patch("torchvision.ops.boxes._batched_nms_vanilla", boxes._batched_nms_coordinate_trick)
-    with MpsDevice() if device == "mps" else SoftDevice(), own_kernels(used=False), same_boxes:
+    with MpsDevice() if device == "mps" else SoftDevice() as emulated, own_kernels(used=False), same_boxes:
         for command in commands:
             name, *words = command.split()
             with patch("sys.argv", [f"moco.{name}", *words]):
                 runpy.run_module(f"moco.{name}", run_name="__main__")
+            if isinstance(emulated, SoftDevice):
+                print(json.dumps({f"{kind}: {line}": count for (kind, line, _), count in emulated.waits.items()}))
+                emulated.waits.clear()
 
 
 if __name__ == "__main__":

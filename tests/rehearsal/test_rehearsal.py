@@ -242,6 +242,36 @@ def test_commands_give_the_results_of_the_cpu(library: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_trainings_on_labels_wait_for_no_step(library: Path, tmp_path: Path) -> None:
+    """With twice as many steps, the host waits only where it reads the values of the previous step."""
+    write_canvases(tmp_path / "canvases", 12, 3, side=32)
+    made = Path(f"{tmp_path}/canvases")
+    run = f"run={tmp_path}/run device=cuda threads=1"
+    train = (
+        f"train experiment=digits epochs=1 optim.warmup_epochs=0 evaluate.every_epochs=0 logger=[] precision=fp32 {run}"
+    )
+    finetune = f"finetune seeds=1 epochs=1 fraction=0.1 batch_size=64 log_every=100 {run}"
+    linear = f"linear protocol=moco_v2 epochs=1 seeds=1 official.schedule=constant augment.flip_p=0.5 {run}"
+    segment = (
+        f"segment masks.root={made}/train masks.eval_root={made}/test masks.workers=0 crop=16 batch_size=4 lr=0.01"
+    )
+    segment += f" log_every=100 encoders=[pretrained] {run}"
+    pairs = [(f"{finetune} min_steps=4", f"{finetune} min_steps=8")]
+    pairs += [(f"{linear} batch_size=256", f"{linear} batch_size=128")]
+    pairs += [(f"{segment} steps=4", f"{segment} steps=8 output={tmp_path}/again")]
+    words = json.dumps([train, *(each for pair in pairs for each in pair)])
+    command = [sys.executable, "-m", "tests.rehearsal.commands", "cuda", words]
+    env = build.environment(library)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=560, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    counted = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")][1:]
+    assert len(counted) == 6
+    for (few, _), short, long in zip(pairs, counted[::2], counted[1::2], strict=True):
+        more = {line: count - short.get(line, 0) for line, count in long.items() if count > short.get(line, 0)}
+        assert [line for line in more if not line.startswith("event: moco/distributed.py")] == [], few
+
+
+@pytest.mark.slow
 def test_streams_do_not_race_and_a_missing_wait_would_be_found(library: Path, tmp_path: Path) -> None:
     recipe = f"digits {SMALL}"
     jobs = [job(recipe), job(recipe, fault="no wait for the batch")]

@@ -98,7 +98,7 @@ class Slow:
 
 def test_a_rank_whose_batch_does_not_arrive_is_not_waiting_for_the_others() -> None:
     over = threading.Event()
-    batches = in_lockstep(loaded(make_loader(Slow(over), 0, range(1)), "data.workers"))
+    batches = in_lockstep(loaded(make_loader(Slow(over), 0, range(1)), "data.workers"), torch.device("cpu"))
     thread = threading.Thread(target=next, args=(batches,))
     thread.start()
     try:
