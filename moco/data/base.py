@@ -101,15 +101,16 @@ class Source(Protocol):
         return None
 
     def content_fingerprints(self) -> NDArray[np.int64]:
-        """Return a number per image, (N,): equal for images with the same content, usually different for others.
+        """Return a number per image, (N,), to find images that can be copies: copies have the same number.
 
-        A source of files must not read the files for this. The number of an image without content is -1 - i, which no
-        other image has. If a source gives such numbers to all images, as this default does, copies are not found.
+        Images that are no copies can have the same number, too: for files it is the size, because the files must not be
+        read. An image whose content is unknown, such as an unreadable one, has -1 - i, which no other image has. This
+        default gives such a number to all images, so no copies are found.
         """
         return -1 - np.arange(len(self))
 
     def left_out(self) -> Mapping[str, int]:
-        """Return the number of files that are left out because of their names, by kind, such as ".txt" or "hidden"."""
+        """Return the number of files that are left out because of their name or type, by kind, such as ".txt"."""
         return {}
 
     @abstractmethod
@@ -137,7 +138,9 @@ class Sources:
     train: Source
     bank: Source | None = None  # references with one class each, for kNN and linear probes
     held_out: Source | None = None  # labeled, disjoint from train and bank: accuracy is measured here
-    unused_splits: Mapping[str, int] = field(default_factory=dict)  # splits of a label file: number of files by name
+    unused_splits: Mapping[str, int] = field(
+        default_factory=dict
+    )  # number of files of each unused split of a label file
 
     def changed(self, change: Callable[[Source], Source]) -> "Sources":
         """Return the data set after `change` of each split; a source that serves as two splits is changed once."""
@@ -151,7 +154,7 @@ def labeled(train: Source, held_out: Source | None = None, where: str = "") -> S
     """Return a data set in which the training images, if labeled, are the bank as well.
 
     If `where` is given, the labels of the held-out images become indices into the classes of training, and errors name
-    the held-out split by `where`. Otherwise the labels must be such indices already.
+    the held-out split by `where`. If `where` is empty, they must already be such indices.
     If images have several labels, each split gets the classes of the two splits together, and there is no bank.
     """
     pair: tuple[Any, Any] = train, held_out  # Any, because `replace` takes only dataclasses

@@ -29,7 +29,7 @@ def shares_images(data: Mapping[str, Any], recorded: Mapping[str, Any]) -> bool:
 def count_seen(paths: Sequence[str], file: EncoderFile) -> int:
     """Return how many of the image files lie in the folders whose images the encoder was trained on.
 
-    0 if its training split was not all images of these folders, or they are unknown.
+    Returns 0 if these folders are not recorded, or if a label file chose the training images.
     """
     recorded = file.config.get("data", {})
     if recorded.get("name") not in (*FOLDERS, "imagenet") or recorded.get("label_file"):
@@ -46,31 +46,34 @@ def paths_of(source: Source) -> list[str]:
 
 
 def held_out_seen(data: DataConfig, hold_out: float, file: EncoderFile, held_out: Source | None = None) -> bool:
-    """Return whether the held-out images can be among those that the encoder was trained on.
+    """Return whether the held-out images can be among those that the encoder was trained on. There are three cases.
 
-    This is possible with data.hold_out on its own data set. It is also possible with data.label_file, if
-    data.label_file, data.split or data.eval_split differs from the run's; and if the files lie in the folders of its
-    training.
+    (1) `hold_out` is above 0, and `data` shares images with the data of the training. (2) `data` shares images with the
+    data of the training and has a label file, and data.label_file, data.split or data.eval_split has another value.
+    (3) Files of `held_out` lie in the folders of the training, see `count_seen`.
     """
-    own, recorded = asdict(data), file.config.get("data", {})
+    evaluated, recorded = asdict(data), file.config.get("data", {})
     splits = [
         [str(each.get("label_file") and resolved(each["label_file"]))]
         + [each.get(name) for name in ("split", "eval_split")]
-        for each in (own, recorded)
+        for each in (evaluated, recorded)
     ]
-    other_split = bool(own["label_file"]) and splits[0] != splits[1]
-    if (hold_out > 0 or other_split) and shares_images(own, recorded):
+    other_split = bool(evaluated["label_file"]) and splits[0] != splits[1]
+    if (hold_out > 0 or other_split) and shares_images(evaluated, recorded):
         return True
     return held_out is not None and count_seen(paths_of(held_out), file) > 0
 
 
 def refuse_or_warn(problem: str, file: EncoderFile, fix: str) -> None:
-    """Refuse held-out images that the encoder was trained on with their labels; without their labels, warn.
+    """Report that an encoder was trained on held-out images: an error if it was trained with labels, else a warning.
 
     Args:
-        problem: which images these are, as the beginning of the sentence.
-        file: of the encoder.
-        fix: how to name other images.
+        problem: the beginning of the message, which names the images.
+        file: the file of the encoder.
+        fix: the setting that selects other images.
+
+    Raises:
+        ConfigError: if the encoder was trained with labels.
     """
     if file.config.get("method", {}).get("labels", False):
         raise ConfigError(f"{problem}, with their labels: {fix}")

@@ -26,7 +26,7 @@ class Step:
     done: int  # finished steps, with this one
     total: int  # steps of the training
     lr: float
-    began: float  # when its batch was requested, by time.perf_counter
+    began: float  # when the host began to wait for its batch, by time.perf_counter
     arrived: float  # when its batch arrived
     values: HostCopy  # loss and norm of the gradient, (2,)
     fix: str  # what to change if they are not finite
@@ -42,9 +42,9 @@ class Step:
         return float(self.values.tolist()[1])
 
     def check(self) -> None:
-        """Wait for the device, and raise NonFiniteLoss if the loss or the gradient is not finite. All ranks do so.
+        """Wait for the device, and raise NonFiniteLoss if the loss or the gradient is not finite.
 
-        The step has then already changed the weights.
+        The values are equal on all ranks, so all ranks raise. The step has then already changed the weights.
         """
         if not (math.isfinite(self.loss) and math.isfinite(self.gradient_norm)):
             what = f"loss {self.loss:.4g}, gradient norm {self.gradient_norm:.4g} at lr {self.lr:.3g}"
@@ -88,9 +88,9 @@ def run_steps(
 
     Args:
         batches: of this rank; the same number on every rank.
-        step_of: trains on a batch; its arguments are the batch, the number of the step and the lr of the step. Returns
-            the loss and the norm of the gradient, (2,).
-        optimizer: errors name its weight decay and, if above 1, the factor of the head's learning rate.
+        step_of: takes an optimizer step; its arguments are the batch, the number of the step and its lr. Returns the
+            loss and the norm of the gradient, (2,).
+        optimizer: for errors, which name its weight decay and, if above 1, the factor of the head's learning rate.
         schedule: the learning rates.
         seed: see `seed_step`.
         start: finished steps.
@@ -122,4 +122,5 @@ def run_steps(
 
 def seed_step(seed: int, step: int) -> None:
     """Seed torch's generator for a step of this rank; dropout, for example, draws from it."""
+    # Number step << 16 is the seed that all ranks share, see `moco.evaluation.finetuning.train`.
     torch.manual_seed(step_seed(seed, (step << 16) + 1 + rank()))

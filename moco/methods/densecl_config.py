@@ -23,10 +23,10 @@ class DenseCLConfig(MethodConfig):
     """Exclude the keys in the queue that were computed from the query's own image, in earlier steps, from the negatives
     of that query."""
     momentum: float = bounded(0.999, ge=0, le=1)
-    """Momentum m of the momentum encoder. Each step sets a weight of the momentum encoder to m times its old value plus
-    1 - m times the weight of the encoder."""
+    """Momentum m of the momentum encoder. Each step sets each of its weights to m x (its old value) + (1 - m) x (the
+    encoder's weight)."""
     momentum_end: float | None = bounded(None, ge=0, le=1)
-    """Value of m at the end of the run. m increases from `momentum` to this value along half a cosine; null: m is
+    """Value of m at the end of the run. m changes from `momentum` to this value along half a cosine; null: m is
     constant."""
     dense_weight: float = bounded(0.5, ge=0, le=1)
     """lambda of the paper: the loss is (1 - lambda) times the loss of the images plus lambda times the loss of the

@@ -26,10 +26,10 @@ class MoCoConfig(MethodConfig):
     """Exclude the keys in the queue that were computed from the query's own image, in earlier steps, from the negatives
     of that query."""
     momentum: float = bounded(0.999, ge=0, le=1)
-    """Momentum m of the momentum encoder. Each step sets a weight of the momentum encoder to m times its old value plus
-    1 - m times the weight of the encoder."""
+    """Momentum m of the momentum encoder. Each step sets each of its weights to m x (its old value) + (1 - m) x (the
+    encoder's weight)."""
     momentum_end: float | None = bounded(None, ge=0, le=1)
-    """Value of m at the end of the run. m increases from `momentum` to this value along half a cosine; null: m is
+    """Value of m at the end of the run. m changes from `momentum` to this value along half a cosine; null: m is
     constant."""
     symmetric: bool = False
     """Use each of the two views as the query once and as the key once (v2+)."""
@@ -39,10 +39,10 @@ class MoCoConfig(MethodConfig):
     """Train on the classes of the training images: keys of the query's class in the queue are positives too (SupMoCo,
     Majumder et al., 2021)."""
     margin: float = bounded(0.0, ge=0)
-    """Margin m that lowers the similarity of a query to its positives, see margin_kind; 0: no margin."""
+    """Margin that lowers the similarity of a query to its positives, see margin_kind; 0: no margin."""
     margin_kind: str = bounded("arc", choices=("arc", "cosine"))
-    """What margin m makes of the cosine similarity cos(theta) to a positive: arc, cos(theta + m) with m in radians
-    (Deng et al., 2019, Eq. 3); cosine, cos(theta) - m (Wang et al., 2018)."""
+    """How the margin changes the cosine similarity cos(theta) of a query and a positive: arc, to cos(theta + margin),
+    in radians (Deng et al., 2019, Eq. 3); cosine, to cos(theta) - margin (Wang et al., 2018)."""
     debias: float = bounded(0.0, ge=0, lt=1)
     """tau+, the share of the queue that has the query's own class (1 / number of classes if all classes are equally
     frequent). The loss subtracts the expected contribution of these keys (Chuang et al., 2020, Eq. 7 and 8); 0: off."""

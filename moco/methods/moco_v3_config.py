@@ -18,10 +18,10 @@ class MoCoV3Config(MethodConfig):
     name: str = "moco_v3"
     """The method; set by method=OPTION."""
     momentum: float = bounded(0.99, ge=0, le=1)
-    """Momentum m of the momentum encoder. Each step sets a weight of the momentum encoder to m times its old value plus
-    1 - m times the weight of the encoder."""
+    """Momentum m of the momentum encoder. Each step sets each of its weights to m x (its old value) + (1 - m) x (the
+    encoder's weight)."""
     momentum_end: float | None = bounded(None, ge=0, le=1)
-    """Value of m at the end of the run. m increases from `momentum` to this value along half a cosine; null: m is
+    """Value of m at the end of the run. m changes from `momentum` to this value along half a cosine; null: m is
     constant."""
     decoupled: bool = False
     """Leave the positive out of the denominator of the softmax (Yeh et al., 2022, decoupled contrastive learning)."""

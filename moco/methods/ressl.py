@@ -1,4 +1,4 @@
-"""ReSSL: a strongly augmented view learns the relations of a weakly augmented one to the images of a queue.
+"""ReSSL: the student sees a strong view and learns the similarities of the teacher's weak view to keys in a queue.
 
     ReSSL: Relational Self-Supervised Learning with Weak Augmentation (Zheng et al., NeurIPS 2021)
 
@@ -11,13 +11,13 @@ One training step is that of MoCo with another loss (see `moco/builder.py`):
     method.update_momentum_encoder(momentum)     f_k = m f_k + (1 - m) f_q
     method.enqueue(output.new_keys, index)       enqueue k, dequeue the oldest keys
 
-The first view is the strong one. The recipe makes the second one weak: `augment.second` turns off color changes and
-blur.
+The first view is the strong one. `augment=ressl` makes the second one weak: its field `augment.second` turns off color
+changes and blur.
 
 Deliberate deviation: the official code updates the momentum encoder between encoding query and key; here it is updated
 at the end of the previous step, as in `moco/builder.py`.
 
-Legend: N micro-batch, n local batch, C embedding, K queue length, W processes.
+Legend: N micro-batch, n local batch, C embedding, Q queue, T and T_t temperatures of student and teacher.
 """
 
 import copy

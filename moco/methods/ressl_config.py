@@ -20,10 +20,10 @@ class ReSSLConfig(MethodConfig):
     queue_size: int = bounded(131072, ge=1)
     """Number of keys in the queue (K)."""
     momentum: float = bounded(0.999, ge=0, le=1)
-    """Momentum m of the momentum encoder. Each step sets a weight of the momentum encoder to m times its old value plus
-    1 - m times the weight of the encoder."""
+    """Momentum m of the momentum encoder. Each step sets each of its weights to m x (its old value) + (1 - m) x (the
+    encoder's weight)."""
     momentum_end: float | None = bounded(None, ge=0, le=1)
-    """Value of m at the end of the run. m increases from `momentum` to this value along half a cosine; null: m is
+    """Value of m at the end of the run. m changes from `momentum` to this value along half a cosine; null: m is
     constant."""
     teacher_temperature: float = bounded(0.04, gt=0)
     """Temperature of the teacher, for the weakly augmented view. If teacher_temperature is lower than `temperature`,
@@ -39,9 +39,10 @@ class ReSSLConfig(MethodConfig):
 
     def advice(self, config: TrainConfig) -> list[str]:
         """See `MethodConfig.advice`."""
-        fix = "set augment=ressl, or augment.second"
-        strong = "the teacher's view is as strongly augmented as the student's, not weakly"
-        return super().advice(config) + ([f"augment.second={{}}: {strong}; {fix}"] if not config.augment.second else [])
+        if config.augment.second:
+            return super().advice(config)
+        strong = "augment.second is empty, so the teacher's view is as strongly augmented as the student's"
+        return [*super().advice(config), f"{strong}: set augment=ressl, or the fields of a weak view in augment.second"]
 
     def build(self, config: TrainConfig, encoder: Any, labels: Any) -> Any:
         """See `MethodConfig.build`."""

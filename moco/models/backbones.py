@@ -34,8 +34,9 @@ class ConvNet(nn.Module):
         super().__init__()
         if width < 1 or pool < 1 or len(strides) != 5 or min(strides) < 1:
             raise ValueError(
-                f"model.options: width={width} and pool={pool} must be at least 1, and strides={list(strides)} five "
-                "numbers of at least 1"
+                f"options.width={width} and options.pool={pool} must be at least 1, and "
+                f"options.strides={list(strides)} "
+                "five numbers of at least 1"
             )
         widths = [width, 2 * width, 4 * width, 4 * width, 8 * width]
         layers: list[nn.Module] = []
@@ -53,7 +54,7 @@ class ConvNet(nn.Module):
 def _resnet(name: str, /, stem: str = "imagenet", channels: int = 3, **options: Any) -> nn.Module:
     """Return torchvision's ResNet. The stem "cifar" is that of SimCLR and of the official MoCo CIFAR-10 notebook."""
     if stem not in ("imagenet", "cifar"):
-        raise ValueError(f"model.options.stem={stem!r} must be 'imagenet' or 'cifar'")
+        raise ValueError(f"options.stem={stem!r} must be 'imagenet' or 'cifar'")
     network: Any = getattr(torchvision.models, name)(weights=None, **options)
     network.num_features, network.map_layer = network.fc.in_features, "layer4"
     network.fc = nn.Identity()
@@ -87,7 +88,7 @@ def published_images(name: str) -> dict[str, Any]:
     import timm
 
     known = timm.models.get_pretrained_cfg(name.removeprefix("timm/"))
-    if known is None:  # a model without published weights
+    if known is None:  # timm knows no values for this name
         return {}
     size = known.input_size[-1]
     return {"size": size, "resize": int(size / known.crop_pct), "mean": list(known.mean), "std": list(known.std)}
@@ -106,7 +107,7 @@ def published_weights(name: str) -> str:
 
 
 def _timm_model(name: str, options: Mapping[str, Any], group: str) -> nn.Module:
-    """Return `timm/NAME` without its classifier; raise ValueError if its published weights cannot be loaded."""
+    """Return `timm/NAME` without its classifier; raise ValueError for an unknown name or missing weights."""
     import timm  # takes a second
 
     known = name.removeprefix("timm/")
@@ -154,7 +155,7 @@ def build_backbone(name: str, options: Mapping[str, Any], group: str = "model.")
         group: the prefix of the fields `backbone` and `options` in error messages; "" for none.
 
     Raises:
-        ValueError: for an unknown name or option.
+        ValueError: for an unknown name, an invalid option, or published weights that cannot be loaded.
     """
     try:
         if name.startswith("timm/"):
@@ -166,6 +167,10 @@ def build_backbone(name: str, options: Mapping[str, Any], group: str = "model.")
             fix = f"set {group}backbone=timm/{name}"
             require(not timm.is_model(name), f"{group}backbone={name!r} is a model of timm: {fix}")
         return BACKBONES.find(name, also="timm/NAME", field=f"{group}backbone")(**options)
+    except ValueError as error:
+        if str(error).startswith("options."):
+            raise ConfigError(f"{group}{error}") from error
+        raise
     except (TypeError, AttributeError, AssertionError, LookupError, ArithmeticError) as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
         reason = first.removesuffix(" but expected one of:")  # torch lists all alternatives

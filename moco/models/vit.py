@@ -80,14 +80,14 @@ def vit(
 def _check(dim: int, heads: int, img_size: int, patch_size: int, stem: str, freeze_patches: bool | None) -> None:
     """Raise ValueError for invalid arguments of `vit`."""
     if dim < 4 or dim % 4 or heads < 1 or dim % heads:
-        raise ValueError(f"model.options: dim={dim} must be a multiple of 4 and of heads={heads}")
+        raise ValueError(f"options.dim={dim} must be a multiple of 4 and of heads={heads}")
     if patch_size < 1 or img_size < 1 or img_size % patch_size:
-        raise ValueError(f"model.options.patch_size={patch_size} must divide img_size={img_size}")
+        raise ValueError(f"options.patch_size={patch_size} must divide img_size={img_size}")
     if stem not in ("patch", "conv"):
-        raise ValueError(f"model.options.stem={stem!r} must be 'patch' or 'conv'")
+        raise ValueError(f"options.stem={stem!r} must be 'patch' or 'conv'")
     if stem == "conv" and (patch_size != 16 or dim % 8 or freeze_patches):
         raise ValueError(
-            f"model.options.stem='conv' needs patch_size=16, freeze_patches=false or null, and dim divisible by 8, but "
+            f"options.stem='conv' needs patch_size=16, freeze_patches=false or null, and dim divisible by 8, but "
             f"patch_size={patch_size}, freeze_patches={freeze_patches} and dim={dim}"
         )
 

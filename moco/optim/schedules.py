@@ -20,8 +20,8 @@ def lr_factor(step: int, steps_per_epoch: int, epochs: int, optim: OptimConfig) 
         steps_per_epoch, epochs: the length of training.
         optim: uses its `schedule` ("cosine" from 1 to `lr_end`; "step", multiplied by `gamma` at each of
             the epochs `milestones`; or "constant"), `warmup_epochs` (linear; the cosine covers the rest),
-            `warmup_from_zero`, and `per_epoch` (one value for each epoch, as in facebookresearch/moco: that of its
-            first step; in the warm-up, unless `warmup_from_zero`, that of its last step).
+            `warmup_from_zero`, and `per_epoch` (the value is constant within an epoch, as in facebookresearch/moco). It
+            is then the value of the epoch's first step, but in a warm-up that does not start from 0 that of its last.
 
     Raises:
         ValueError: for an unknown schedule.
@@ -42,7 +42,10 @@ def lr_factor(step: int, steps_per_epoch: int, epochs: int, optim: OptimConfig) 
 
 
 def momentum_at(step: int, total_steps: int, start: float, end: float | None) -> float:
-    """Return m of the momentum encoder: constant, or from `start` to `end` along half a cosine (BYOL; MoCo v3)."""
+    """Return m of the momentum encoder after `step` of `total_steps` steps.
+
+    It is constant, or goes from `start` to `end` along half a cosine (BYOL; MoCo v3).
+    """
     if end is None:
         return start
     return end - (end - start) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
@@ -52,8 +55,8 @@ def schedule_values(config: TrainConfig, plan: Plan, peak_lr: float, step: int) 
     """Return lr, momentum and, with a cosine schedule of the temperature, temperature of a step, counted from 0."""
     optim, method = config.optim, config.method
     factor = lr_factor(step, plan.steps_per_epoch, plan.epochs, optim)
-    # The official code updates the momentum encoder at the start of step s + 1. Here it is updated at the end of
-    # step s, with the same m.
+    # The official code of MoCo v3 updates the momentum encoder at the start of step s + 1. Here it is updated at the
+    # end of step s, with the same m.
     momentum = momentum_at(step + 1, plan.total_steps, method.momentum, method.momentum_end)
     values = {"lr": peak_lr * factor, "momentum": momentum}
     if method.temperature_schedule == "cosine":

@@ -28,11 +28,15 @@ def class_attention(backbone: nn.Module, images: Tensor) -> Tensor | None:
         images: normalized, (N, C, S, S).
     """
     network: Any = backbone
-    attention: Any = getattr([None, *getattr(network, "blocks", ())][-1], "attn", None)
+    blocks: Any = list(getattr(network, "blocks", ()))
+    attention: Any = getattr(blocks[-1], "attn", None) if blocks else None
     if getattr(network, "cls_token", None) is None or not hasattr(attention, "attn_drop"):
         return None
     weights: list[Tensor] = []
-    fused, attention.fused_attn = getattr(attention, "fused_attn", False), False  # the fused kernel has no weights
+    fused, attention.fused_attn = (
+        getattr(attention, "fused_attn", False),
+        False,
+    )  # it does not return the weights
     try:
         with attention.attn_drop.register_forward_hook(lambda _module, _inputs, output: weights.append(output)):
             network(images)

@@ -2,7 +2,8 @@
 
 The columns are row (in the features), id (in the source) and path. Labeled images also have label (an index) and class
 (its name). If images can have several labels each, the columns labels and classes replace label and class. In Parquet,
-labels and classes hold lists. In CSV they hold strings in which data.label_separator separates the parts.
+labels and classes hold lists. In CSV they hold strings whose parts are separated by data.label_separator, or by ; if
+that is empty.
 """
 
 import os
@@ -28,7 +29,8 @@ def check_table(source: Source, table: str, separator: str) -> None:
         separator: data.label_separator.
 
     Raises:
-        ConfigError: if pyarrow is not installed, or a class name contains the separator of a CSV.
+        ConfigError: for "parquet" if pyarrow is not installed; for "csv" if images can have several labels and the name
+            of a class contains the separator.
     """
     if table == "parquet":
         pyarrow()
@@ -75,7 +77,7 @@ def _write_parquet(path: Path, columns: Sequence[str], lines: Iterator[Sequence[
     with atomic_write(path) as temporary, parquet.ParquetWriter(str(temporary), schema) as writer:
         while part := list(islice(lines, _ROWS_AT_ONCE)):
             values = {name: list(column) for name, column in zip(columns, zip(*part, strict=True), strict=True)}
-            # Parquet's strings are UTF-8: other bytes of a path are written as escapes.
+            # Parquet's strings are UTF-8: other bytes of a path or class are written as escapes.
             for name in {"path", "class"} & values.keys():
                 values[name] = [os.fsencode(each).decode("utf-8", "backslashreplace") for each in values[name]]
             writer.write_table(arrow.table(list(values.values()), schema=schema))

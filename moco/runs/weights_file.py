@@ -12,7 +12,7 @@ from torch import Tensor
 from moco.untrusted import refuse_special_file, values_of
 
 _ZIP = b"PK\x03\x04"
-_REPEATED = 4  # all tensors together may have this many times the file's size: several tensors may share bytes
+_LARGEST_RATIO = 4  # of the bytes of all tensors to the size of the file; above 1, because tensors can share bytes
 
 
 class CheckpointError(ValueError):
@@ -68,7 +68,7 @@ def _refuse_other_archive(path: Path, size: int) -> None:
         begins_as_zip = file.read(len(_ZIP)) == _ZIP
     if not zipfile.is_zipfile(path):
         if begins_as_zip:
-            raise ValueError("its list of contents is missing")  # torch might find one where Python finds none
+            raise ValueError("its zip directory is missing")  # torch might find one where Python finds none
         return
     with zipfile.ZipFile(path) as parts:
         names = {each.rpartition("/")[2] for each in parts.namelist()}
@@ -86,11 +86,11 @@ def _refuse_large_tensors(content: Any, size: int) -> None:
     """
     total = 0
     for each in values_of(content):
-        if not isinstance(each, Tensor) or each.layout != torch.strided:  # torch.load checks sparse tensors
+        if not isinstance(each, Tensor) or each.layout != torch.strided:  # torch.load checks sparse indices
             continue
         bytes_ = each.numel() * each.element_size()
         if each.is_meta or bytes_ > each.untyped_storage().nbytes():
             raise ValueError(f"a tensor of shape {tuple(each.shape)} is larger than its bytes in the file")
         total += bytes_
-    if total > _REPEATED * size:
-        raise ValueError(f"its tensors have {total:,} bytes, more than {_REPEATED} times the file's size")
+    if total > _LARGEST_RATIO * size:
+        raise ValueError(f"its tensors have {total:,} bytes, more than {_LARGEST_RATIO} times the file's size")

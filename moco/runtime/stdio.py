@@ -31,18 +31,19 @@ def printable(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
 
-    def shown(letter: str) -> str:
-        hidden = unicodedata.category(letter) in _UNPRINTABLE and letter not in _JOINERS
-        return letter.encode("unicode_escape").decode() if hidden else letter
+    def shown(character: str) -> str:
+        hidden = unicodedata.category(character) in _UNPRINTABLE and character not in _JOINERS
+        return character.encode("unicode_escape").decode() if hidden else character
 
     return "".join(map(shown, text))
 
 
 def wrapped(text: str, width: int, first: str = "", others: str = "") -> str:
-    """Break a text into lines between words, after the given indents; a word that is wider than a line stays whole.
+    """Break a text into lines between words. The first line begins with `first`, the others begin with `others`.
 
-    A number stays with its unit and its uncertainty: textwrap does not break at a no-break space.
+    A word that is wider than a line stays whole. A line is not broken before %, and neither before nor after ±.
     """
+    # textwrap does not break at a no-break space.
     filled = textwrap.fill(
         re.sub(r" (?=[%±])|(?<=±) ", "\N{NO-BREAK SPACE}", text),
         width,
@@ -55,12 +56,12 @@ def wrapped(text: str, width: int, first: str = "", others: str = "") -> str:
 
 
 def holds_command(line: str) -> bool:
-    """Return whether a line holds a command. It then stays one line, to be copied; a terminal may wrap it."""
-    return "python -m moco" in line or line.startswith("next")
+    """Return whether a line holds a command to copy, which is never broken. Suggested commands begin with "next: "."""
+    return "python -m moco" in line or line.startswith("next: ")
 
 
 def for_terminal(line: str, stream: IO[str] | None) -> str:
-    """Return a line as it is printed: see `printable`; if the stream is a terminal, broken between words."""
+    """Return a line made `printable`; for a terminal, broken between words unless it holds a command."""
     line = printable(line)
     if stream is None or stream.closed or not stream.isatty() or holds_command(line):
         return line
@@ -77,10 +78,15 @@ def discard_output(stream: IO[str] | None) -> None:
 
 
 def print_error(line: str) -> None:
-    """Print a line on stderr, see `for_terminal`. Ignore errors: they must not change the exit status."""
+    """Print a line on stderr, see `for_terminal`; nothing if stderr is closed.
+
+    Errors of the stream are ignored, because they must not change the exit status.
+    """
+    if sys.stderr is None:  # print would use stdout
+        return
     try:
         print(for_terminal(line, sys.stderr), file=sys.stderr, flush=True)
-    except OSError:
+    except (OSError, ValueError):
         discard_output(sys.stderr)
 
 
