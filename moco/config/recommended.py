@@ -53,7 +53,7 @@ def queue_advice(images: int, keys_per_step: int, keys_per_image: int = 1, parts
         return f"method.queue_size={queue}"
     batch, fields = batch_for(images / 2 / keys_per_image, parts, group)
     if not batch:
-        return "data.root to a folder of more images"
+        return "a data.root with more images"
     return f"{fields} method.queue_size={queue_for(images, batch * keys_per_image)}"
 
 

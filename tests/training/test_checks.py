@@ -129,7 +129,7 @@ def test_the_advised_batch_and_queue_pass_all_checks(
         (MoCoV3Config(), r"predictor_layers=0: moco_v3 has a predictor; set model\.predictor_layers=2"),
         (NNCLRConfig(queue_size=128), r"predictor_layers=0: nnclr has a predictor; set model\.predictor_layers=2"),
         (SimCLRConfig(), r"set model\.bn=sync"),
-        (ReSSLConfig(queue_size=128), r"augment\.second=\{\}: .* set augment=ressl, or augment\.second"),
+        (ReSSLConfig(queue_size=128), r"augment\.second is empty, .*: set augment=ressl, or"),
     ],
 )
 def test_a_method_without_what_it_is_published_with_warns(method: MethodConfig, sentence: str) -> None:

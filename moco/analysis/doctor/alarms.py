@@ -250,7 +250,7 @@ def nothing_learned(series: Series, facts: Facts) -> Alarm | None:
         return None
     found = latest(series, "train/contrast_accuracy")
     retrieval = series.get(EVALUATIONS[0], ())
-    should_rise = at_end and not facts.starts_trained and len(retrieval) > 1 and retrieval[-1] < HIGH_RETRIEVAL
+    should_rise = at_end and len(retrieval) > 1 and retrieval[-1] < HIGH_RETRIEVAL
     if found >= FEW_FOUND and not should_rise:
         return None
     evidence = [f"only {100 * found:.0f} % of the queries find their key"] * (found < FEW_FOUND)
