@@ -323,6 +323,8 @@ def _unknown_field(field: str, owner: str, schema: type) -> str:
                 own = [f"{group.name}.{each.name}" for each in fields(chosen)]
                 hint = _did_you_mean(field, own) or f"; its fields are {', '.join(own)}"
                 if not any(each.lstrip("+~").startswith(field) for each in sys.argv[1:]):
+                    given = [each.partition("=")[2] for each in sys.argv[1:] if each.startswith(f"{group.name}=")]
+                    option = given[-1] if given else option  # several options can share a schema
                     names = ", ".join(_recipes_with(group.name, option))
                     hint = f"; the recipe sets it: choose a recipe for {option}, experiment=NAME"
                     hint += f" ({names})" * bool(names)

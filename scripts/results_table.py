@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moco.config import ConfigError
-from moco.runs.comparison import placed
+from moco.runs.comparison import image_notes, placed
 from moco.runs.results import recorded
 
 FIRST = ("pixels", "untrained", "pretrained")  # the order of columns
@@ -56,14 +56,16 @@ def main(run: Path) -> None:
         for entry in recorded(run / "supervised")
     ]
     rows: dict[tuple[str, str], dict[str, str]] = {}
+    name_data = False  # with one data set, only if something must be known about its images
     for entry, evaluation, data, encoder in placed([*recorded(run), *supervised]):
         rows.setdefault((evaluation, data), {})[encoder] = cell(entry.get("figures") or {})
+        name_data = name_data or bool(image_notes(entry.get("data") or {}))
     columns = sorted(dict.fromkeys(name for cells in rows.values() for name in cells), key=column_order)
     print("| top-1 % | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
-    several = len({data for _, data in rows}) > 1
+    name_data = name_data or len({data for _, data in rows}) > 1
     for (evaluation, data), cells in rows.items():
-        title = f"{evaluation}, on {data}" if several else evaluation
+        title = f"{evaluation}, on {data}" if name_data else evaluation
         print(f"| {title} | " + " | ".join(cells.get(encoder, "–") for encoder in columns) + " |")
 
 

@@ -36,6 +36,7 @@ def read_coco(
     Raises:
         ConfigError: for a file that cannot be read or is incomplete, an id that is used twice or unknown, a missing
             mask, or, without `drop`, a box that cannot be used.
+        ImageError: if an image with a box that cannot be used cannot be read, or has another size than the file states.
     """
     file = f"{field}={path}" if field else str(path)
     content = _load(path, file)
@@ -59,8 +60,12 @@ def read_coco(
             require(crowd in (0, 1), f"{where} has iscrowd {crowd!r:.80}, neither 0 nor 1: correct it")
             mask = _segmentation(where, entry, images[image]) if masks else None
             objects[image].append((box, numbers[category], bool(crowd), mask))
+    made = [_image(images[each], root, objects[each], masks, dropped[each]) for each in images]
+    for each in made:
+        if each.dropped:  # perhaps because the file states another size of the image than the image itself
+            each.check()
     check.finish(file, drop, "; a box must be [left, top, width, height]")
-    return split_of([_image(images[each], root, objects[each], masks, dropped[each]) for each in images], names)
+    return split_of(made, names)
 
 
 def _image(

@@ -294,17 +294,23 @@ def data_name(data: Mapping[str, Any]) -> str:
 
 
 def evaluated_on(data: Mapping[str, Any]) -> str:
-    """Return the name of an entry's data set and the source of its held-out images, with notes about the images."""
+    """Return the name of an entry's data set and the source of its held-out images, with `image_notes`."""
     share = data.get("hold_out")
     parts = [data.get(name) for name in ("eval_root", "eval_file")] if data.get("name") in (None, *FOLDERS) else []
     held_out = " ".join(str(each) for each in parts if each)
     part = f", held out: {held_out}" if held_out else f", held out: {share} of them" if share else ""
+    notes = image_notes(data)
+    return data_name(data) + part + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def image_notes(data: Mapping[str, Any]) -> list[str]:
+    """Return what must be known about the images of an entry besides their source, because it changes its figures."""
     notes = ["held-out images were in the training set, without labels"] * bool(data.get("held_out_seen"))
     if copies := data.get("held_out_in_training"):
         notes.append(f"{copies} held-out images are copies of training images")
     left_out = [data.get(f"{split}_boxes_left_out") or 0 for split in ("training", "held_out")]
     notes += [f"without {left_out[0]} bad training boxes and {left_out[1]} held-out ones"] * any(left_out)
-    return data_name(data) + part + (f" ({'; '.join(notes)})" if notes else "")
+    return notes
 
 
 def chosen_neighbors(entry: Mapping[str, Any]) -> str:

@@ -223,6 +223,11 @@ def test_an_image_of_another_size_is_one_sentence(tmp_path: Path) -> None:
             check_images(images, workers)
     with pytest.raises(ImageError, match=message):
         images.images[1].pixels()
+    outside = write_json(tmp_path, annotations=annotation(image_id=1, bbox=[4, 4, 30, 6]))
+    Image.new("RGB", (40, 16)).save(tmp_path / "b.png")  # the box is outside of the stated size only
+    for drop in (False, True):
+        with pytest.raises(ImageError, match=r"b\.png has 40 x 16 pixels, and its annotations state 24 x 16"):
+            read_coco(outside, tmp_path, masks=False, drop=drop)
     (tmp_path / "b.png").write_bytes(b"no image")
     with pytest.raises(
         ImageError, match=r"cannot read the image .*b\.png: no known image format, it begins with b'no image'"

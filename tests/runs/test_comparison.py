@@ -80,6 +80,23 @@ def test_the_table_of_a_run_never_mixes_data_or_settings(tmp_path: Path, capsys:
     ]
 
 
+@pytest.mark.parametrize(
+    ("about", "note"),
+    [
+        ({}, ""),
+        ({"held_out_in_training": 3}, ", on digits (3 held-out images are copies of training images)"),
+        ({"held_out_seen": True}, ", on digits (held-out images were in the training set, without labels)"),
+    ],
+)
+def test_the_table_of_a_run_names_what_changes_its_figures(
+    about: dict[str, Any], note: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = {"command": "knn", "protocol": "all labels", "encoder": "pretrained", "data": {"name": "digits"} | about}
+    (tmp_path / "results.json").write_text(json.dumps([entry | {"figures": {"top1": 24.0}}]))
+    results_table.main(tmp_path)
+    assert capsys.readouterr().out.splitlines()[2:] == [f"| knn, all labels{note} | 24.0 |"]
+
+
 # ---- what is part of a key ----
 
 
