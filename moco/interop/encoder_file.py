@@ -230,8 +230,8 @@ def _load(path: Path) -> dict[str, Any]:
     except CodeRefused as error:
         raise ForeignFileError(
             f"{path} is refused: torch cannot load it with weights_only=True, which runs no code, e.g. because it is "
-            "damaged, is not a file of weights, or holds code; save only its state dict, with torch.save's default pickle_protocol, "
-            "or use safetensors"
+            "damaged, is not a file of weights, or holds code; save only its state dict, with torch.save's default "
+            "pickle_protocol, or use safetensors"
         ) from error
     if not isinstance(state, dict):
         raise ForeignFileError(
