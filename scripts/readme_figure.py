@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moco.config import DataConfig
 from moco.data.sources import Source, load_source
-from moco.evaluation.features import EvalTransform, extract, pixels
+from moco.evaluation.features import EvalTransform, Inference, extract, pixels
 from moco.files import WriteError, check_writable
 from moco.interop.encoder_file import build, read_encoder
 from moco.runs.metrics import read_metrics
@@ -110,9 +110,8 @@ def labels(source: Source) -> Any:
 
 def ranked(train: Source, held_out: Source, network: Any, transform: EvalTransform) -> Tensor:
     """Return the training images nearest to each held-out image, nearest first, (Q, NEIGHBORS)."""
-    bank, queries = (
-        F.normalize(extract(network, each, transform, torch.device("cpu")), dim=1) for each in (train, held_out)
-    )
+    inference = Inference(torch.device("cpu"))
+    bank, queries = (F.normalize(extract(network, each, transform, inference), dim=1) for each in (train, held_out))
     return (queries @ bank.T).topk(NEIGHBORS).indices
 
 

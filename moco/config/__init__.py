@@ -11,10 +11,10 @@ from moco.config.base import expand_paths as expand_paths
 from moco.config.base import flatten as flatten
 from moco.config.base import require as require
 from moco.config.data import DataConfig as DataConfig
+from moco.config.evaluate import EvaluateConfig as EvaluateConfig
 from moco.config.method import MethodConfig as MethodConfig
 from moco.config.train import AugmentConfig as AugmentConfig
 from moco.config.train import CheckpointConfig as CheckpointConfig
-from moco.config.train import EvaluateConfig as EvaluateConfig
 from moco.config.train import ModelConfig as ModelConfig
 from moco.config.train import OptimConfig as OptimConfig
 from moco.config.train import TrainConfig as TrainConfig

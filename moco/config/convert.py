@@ -53,6 +53,8 @@ def check_convert(config: ConvertConfig) -> None:
     require(config.output.endswith(endings), f"output={config.output!r} {required}")
     stop = config.on_bad_image == "stop"
     require(stop, f"on_bad_image={config.on_bad_image} has no effect in this command: remove it")
+    exact = config.precision == "fp32"
+    require(exact, f"precision={config.precision} has no effect in this command: remove it")
     require(hub or not config.upload, f"upload={config.upload} needs to=hub, not to={config.to}")
     require(bool(config.upload) or not config.public, "public=true needs upload=USER/NAME")
     named = not config.upload or re.fullmatch(REPOSITORY, config.upload)

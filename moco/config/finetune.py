@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from moco.config.base import ResumableConfig, bounded, refuse_on_mps, require, require_divisible
+from moco.config.base import ResumableConfig, bounded, require, require_divisible
 from moco.config.subject import SubjectConfig, check_subject
 
 
@@ -68,8 +68,6 @@ class FinetuneConfig(ResumableConfig, SubjectConfig):
     """CutMix's alpha, of Beta(alpha, alpha); 0: off."""
     bn: str = bounded("sync", choices=("sync", "frozen"))
     """Batch normalization: sync (statistics of the global batch), or frozen (the encoder's running statistics)."""
-    precision: str = bounded("fp32", choices=("fp32", "bf16"))
-    """Number format of the computation."""
     validation: float = bounded(0.0, ge=0, lt=1)
     """For choosing settings: fraction of the training split, taken from each class, to evaluate on; training uses the
     other images. 0: evaluate on the held-out split."""
@@ -82,7 +80,6 @@ class FinetuneConfig(ResumableConfig, SubjectConfig):
 def check_finetune(config: FinetuneConfig, processes: int = 1) -> None:
     """Raise ConfigError for a configuration that is invalid with this number of processes."""
     check_subject(config)
-    refuse_on_mps(config, *[f"precision={config.precision}"] * (config.precision != "fp32"))
     ways = {name: getattr(config, name) for name in ("fraction", "labels_per_class", "subset_list")}
     chosen = [f"{name}={value}" for name, value in ways.items() if value]
     require(len(chosen) < 2, f"{' and '.join(chosen)} select the labeled images in different ways: remove all but one")

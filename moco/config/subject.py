@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from moco.config.base import ComputeConfig, bounded, check_bounds, require
+from moco.config.base import ComputeConfig, bounded, check_bounds, refuse_on_mps, require
 from moco.config.data import SubjectDataConfig
 
 
@@ -57,6 +57,9 @@ class SubjectConfig(EncoderConfig):
 
     images_at_once: int = bounded(512, ge=1)
     """Images per forward pass of the frozen encoder. It affects memory, not results."""
+    precision: str = bounded("fp32", choices=("fp32", "bf16"))
+    """Number format in which the encoder computes. bf16 (bfloat16) is faster on GPUs and CPUs that have units for it;
+    it rounds to 8 bits, so results differ slightly from those in fp32."""
     on_bad_image: str = bounded("stop", choices=("stop", "skip"))
     """On unreadable images: stop (the command ends and names the image), or skip (they are left out and listed)."""
     data: SubjectDataConfig = field(default_factory=SubjectDataConfig)
@@ -72,5 +75,7 @@ def check_subject(config: EncoderConfig) -> None:
         f"run={config.run} and checkpoint={config.checkpoint} both name an encoder: remove one of them",
     )
     given = [f"{name}={value}" for name in ("backbone", "options") if (value := getattr(config, name))]
+    if isinstance(config, SubjectConfig):
+        refuse_on_mps(config, *[f"precision={config.precision}"] * (config.precision != "fp32"))
     error = f"{' and '.join(given)} cannot be combined with run={config.run}, which states its architecture"
     require(not (config.run and given), f"{error}: remove {' and '.join(given)}, or replace run by checkpoint=FILE")

@@ -26,6 +26,7 @@ from moco.evaluation.finetuning import train_step
 from moco.evaluation.steps import OnStep, Schedule, run_steps
 from moco.models.modes import evaluating
 from moco.models.norm import GroupedBatchNorm
+from moco.runtime.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def recompute_statistics(
     for number, batch in enumerate(in_lockstep(watched(), first.device), start=1):
         for layer in layers:
             layer.momentum = 1 / number  # the running average is then the mean of all batches so far
-        with torch.autocast(first.device.type, settings.precision, settings.precision != torch.float32):
+        with autocast(first.device, settings.precision):
             loss(*_on_device(batch, first))
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum

@@ -18,6 +18,7 @@ from moco.data.workers import LoaderError, count_processes, loaded, make_loader,
 from moco.distributed import copy_to_device, gather, on_all_ranks, rank, world_size
 from moco.models.modes import evaluating
 from moco.runtime.device import float64_device
+from moco.runtime.precision import autocast
 
 Network = nn.Module | Callable[[Tensor], Tensor]  # images (N, C, S, S) -> features (N, D)
 
@@ -34,6 +35,16 @@ class EvalTransform:
     def unnormalized(self) -> "EvalTransform":
         """Return the same transform without normalization: pixel values stay in 0 ... 1."""
         return replace(self, mean=(0.0,) * len(self.mean), std=(1.0,) * len(self.mean))
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How a network computes the features of images."""
+
+    device: torch.device  # of the network; the features are on its `float64_device`
+    batch_size: int = 512  # images per forward pass
+    workers: int | None = 0  # loader processes for images that are not in memory; None: see `count_processes`
+    precision: torch.dtype = torch.float32  # of autocast; the features are float32
 
 
 class _CroppedBatches:
@@ -76,37 +87,35 @@ def stream(
     source: Source,
     rows: Sequence[int],
     transform: EvalTransform,
-    device: torch.device,
-    batch_size: int = 512,
-    workers: int | None = 0,
+    inference: Inference,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:
     """Yield the features of the given rows on this process, in their order: batches (<= batch_size, D), float32.
 
     Args:
-        network: on the device; a module is put into eval mode, and into its previous mode at the end.
-        device: of the network; the features are on its `float64_device`.
-        workers: loader processes for images that are not in memory; None: see `count_processes`.
+        network: a module is put into eval mode, and into its previous mode at the end.
         heartbeat: called before each batch.
 
     Raises:
         ImageError: if an image cannot be decoded.
         LoaderError: if a loader process dies or finds no shared memory.
     """
+    device = inference.device
     mean, std = per_channel(transform.mean, device), per_channel(transform.std, device)
     with evaluating(network) if isinstance(network, nn.Module) else nullcontext():
-        for images in _crops(source, rows, transform, batch_size, workers):
+        for images in _crops(source, rows, transform, inference.batch_size, inference.workers):
             heartbeat()
-            yield network((to_float(copy_to_device(images, device)) - mean) / std).float().to(float64_device(device))
+            normalized = (to_float(copy_to_device(images, device)) - mean) / std
+            with autocast(device, inference.precision):
+                features = network(normalized)
+            yield features.float().to(float64_device(device))
 
 
 def extract(
     network: Network,
     source: Source,
     transform: EvalTransform,
-    device: torch.device,
-    batch_size: int = 512,
-    workers: int | None = 0,
+    inference: Inference,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Return the features (M, D) of all images of a source, in its order, on every rank.
@@ -117,9 +126,7 @@ def extract(
     """
     share = -(-len(source) // world_size())  # rows per rank, rounded up
     rows = [min(row, len(source) - 1) for row in range(rank() * share, (rank() + 1) * share)]
-    features = on_all_ranks(
-        lambda: torch.cat(list(stream(network, source, rows, transform, device, batch_size, workers, heartbeat)))
-    )
+    features = on_all_ranks(lambda: torch.cat(list(stream(network, source, rows, transform, inference, heartbeat))))
     return gather(features)[: len(source)]
 
 

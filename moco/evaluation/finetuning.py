@@ -29,6 +29,7 @@ from moco.evaluation.steps import OnStep, Schedule, run_steps, seed_step
 from moco.models.modes import set_training
 from moco.models.norm import convert_batch_norm
 from moco.optim.optimizers import build_optimizer, parameter_groups
+from moco.runtime.precision import autocast
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images (B, C, S, S), labels (B,) -> mixed images, (B, L)
 
@@ -170,7 +171,7 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+    with autocast(images.device, precision):
         outputs = forward(images)
     loss = loss_of(outputs.float())
     loss.backward()

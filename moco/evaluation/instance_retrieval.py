@@ -24,10 +24,11 @@ from moco.data.plan import Plan
 from moco.data.unreadable import OnUnreadable
 from moco.data.view import View
 from moco.distributed import gather, rank, world_size
-from moco.evaluation.features import EvalTransform, Network, pixels
+from moco.evaluation.features import EvalTransform, Inference, Network, pixels
 from moco.evaluation.knn_classifier import Accuracy
 from moco.models.modes import evaluating
 from moco.runtime.device import float64_device
+from moco.runtime.precision import autocast
 
 MOST_IMAGES = 1024  # enough for a standard error of 1.6 points; more images only cost time
 SEED = 0  # of the choice of the images and of their crops
@@ -56,9 +57,7 @@ def instance_retrieval(
     networks: Mapping[str, Network],
     source: Source,
     transform: EvalTransform,
-    device: torch.device,
-    batch_size: int,
-    workers: int | None = 0,
+    inference: Inference,
     on_unreadable: OnUnreadable | None = None,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> dict[str, Accuracy]:
@@ -67,26 +66,27 @@ def instance_retrieval(
     Uses the first images of a random order, as many as `images_used` returns. All networks see the same crops.
 
     Args:
-        networks: modules on the device, which are put into eval mode for the measurement; `pixels` for raw pixels.
+        networks: modules, which are put into eval mode for the measurement; `pixels` for raw pixels.
         transform: its size, mean and std are those of the crops; `pixels` gets crops that are not normalized.
-        batch_size: images of a forward pass, over all processes.
+        inference: its batch size is that of all processes together.
         on_unreadable: see `moco.data.loader.batches`.
         heartbeat: called before each batch.
     """
     features: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in networks}
     rows: list[Tensor] = []
     modules = [network for network in networks.values() if isinstance(network, nn.Module)]
+    device, batch_size = inference.device, inference.batch_size
     mean, std = (per_channel(each, device) for each in (transform.mean, transform.std))
     host = float64_device(device)
     with ExitStack() as modes:
         for module in modules:
             modes.enter_context(evaluating(module))
-        for batch in _crop_pairs(source, transform.size, device, batch_size, workers, on_unreadable):
+        for batch in _crop_pairs(source, transform.size, device, batch_size, inference.workers, on_unreadable):
             heartbeat()
             rows.append(batch.index.to(host))
             for name, network in networks.items():
                 for images, out in zip(batch.views, features[name], strict=True):
-                    with torch.no_grad():
+                    with torch.no_grad(), autocast(device, inference.precision):
                         output = network(images if network is pixels else (images - mean) / std)
                     out.append(output.float().to(host))
     # `gather` returns rows and features of all ranks in the same order.

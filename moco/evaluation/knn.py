@@ -99,11 +99,12 @@ def _evaluate(task: Task[KnnConfig], name: str, network: Network, ks: list[int])
     queries = features(task.held_out)
     with progress_bar(f"{name}: nearest neighbors") as progress:
         metrics = _metrics(task, bank, queries, settings, progress)
-    used = {"features": config.features, "half": config.half, "draws": len(metrics)}
+    used = {"features": config.features, "half": config.half, "precision": config.precision, "draws": len(metrics)}
     used |= {name: getattr(settings, name) for name in ("k", "temperature", "labels_per_class", "seed")}
     multi_label = task.train.multi_labels is not None
     figures = metrics[0].to_json() if multi_label else summarize_draws(metrics)
-    changed = changed_settings(config, "knn", ("k", "temperature", "features", "choose_on", "half", "seed"))
+    names = ("k", "temperature", "features", "choose_on", "half", "precision", "seed")
+    changed = changed_settings(config, "knn", names)
     return Result(name, metrics, {"settings": used, "changed": changed, "figures": figures} | choice)
 
 

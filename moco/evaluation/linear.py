@@ -43,6 +43,7 @@ from moco.runs.results import prepare
 from moco.runtime.console import log, log_next, percent, progress_bar
 from moco.runtime.device import float64_device
 from moco.runtime.next_command import command
+from moco.runtime.precision import PRECISIONS
 
 _CHUNK = 4096  # rows at once through a head
 _MOST_CLASSES = 100  # with more classes, no image of the confusion matrix is written
@@ -166,7 +167,8 @@ def _official(task: Task[LinearConfig], name: str, encoder: Encoder) -> Probe:
         head = new_head(network.width, len(task.train.classes), official.head_std, seed).to(task.device)
         views = batches(task.train, plan, [view], task.device, task.data.workers)
         with evaluation.progress_log(f"{name}: epoch", config.epochs) as log_epoch:
-            epochs = train_head(backbone, head, views, labels, plan, optim, lambda line: log_epoch(lambda: line))
+            given = backbone, head, views, labels, plan, optim, lambda line: log_epoch(lambda: line)
+            epochs = train_head(*given, PRECISIONS[config.precision])
         heads.append(LinearHead(head.weight.detach(), head.bias.detach(), _about_head(task, OUTPUT, unit=False)))
     test = _features(task, network, task.held_out, f"{name}: features of the held-out images")
     metrics = [_evaluated(task, head, test) for head in heads]
@@ -221,13 +223,13 @@ def _features(task: Task[LinearConfig], network: LayerFeatures | None, source: S
     transform = task.subject.transform
     # The names of the parts stay as they are: they are part of the key of existing files.
     parts = {"weights": network.backbone.state_dict(), "look": asdict(transform), "layers": network.layers}
+    parts |= {"precision": task.config.precision} if task.config.precision != "fp32" else {}
     parts |= {"network": task.subject.file.backbone, "pictures": on_rank_zero(lambda: source.content_digest())}
     folder = task.subject.output / "features"
     with evaluation.monitored(network, len(source), description) as forward:
 
         def compute(rows: Sequence[int]) -> Iterator[Tensor]:
-            at_once, workers = task.config.images_at_once, task.data.workers
-            return stream(forward, source, rows, transform, task.device, at_once, workers)
+            return stream(forward, source, rows, transform, task.inference)
 
         try:
             return cached(folder, digest(parts)[:24], len(source), network.width, compute)
@@ -277,7 +279,8 @@ def _settings(config: LinearConfig) -> dict[str, Any]:
     """Return the fields that protocols of this kind, sweep or official, use."""
     of_kind = ["official", "augment"] if config.kind == "official" else ["sweep"]
     values = asdict(config)
-    return {name: values[name] for name in ["kind", "epochs", "batch_size", "momentum", "seed", "seeds", *of_kind]}
+    names = ["kind", "epochs", "batch_size", "momentum", "precision", "seed", "seeds", *of_kind]
+    return {name: values[name] for name in names}
 
 
 def changed_settings(config: LinearConfig) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from moco.files import cause
 from moco.interop.weights import save_weights
 from moco.optim.schedules import lr_factor
 from moco.runtime.device import float64_device
+from moco.runtime.precision import autocast
 from moco.untrusted import parse_json, refuse_special_file
 
 
@@ -85,6 +86,7 @@ def train_head(
     plan: Plan,
     optim: OptimConfig,
     on_epoch: Callable[[str], None] = lambda _: None,
+    precision: torch.dtype = torch.float32,
 ) -> list[tuple[float, float]]:
     """Train the head in place, on all ranks together.
 
@@ -94,6 +96,7 @@ def train_head(
         labels: of all M images of the plan, (M,), on the device of the networks; (M, L) if images can have several.
         optim: peak learning rate and schedule, momentum, weight decay; the optimizer is SGD.
         on_epoch: receives a line about each epoch.
+        precision: data type of the backbone's autocast; the head computes in float32.
 
     Returns:
         Mean loss and top-1 accuracy (percent) of each epoch, on augmented images. With several labels per image the
@@ -110,9 +113,9 @@ def train_head(
     epochs: list[tuple[float, float]] = []
     sums = torch.zeros(2, dtype=torch.float64, device=float64_device(labels.device))  # loss and accuracy of the epoch
     for step, batch in enumerate(in_lockstep(batches, labels.device)):
-        with torch.no_grad():
+        with torch.no_grad(), autocast(labels.device, precision):
             features = backbone(batch.views[0])  # (n, D)
-        scores = head(features)  # (n, L)
+        scores = head(features.float())  # (n, L)
         truth = labels[batch.index]
         loss = loss_of(scores, truth)
         optimizer.zero_grad()

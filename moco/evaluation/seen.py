@@ -1,7 +1,7 @@
 """The images that an encoder saw in its training: the accuracy on them is not the accuracy on new images."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,3 +79,14 @@ def refuse_or_warn(problem: str, file: EncoderFile, fix: str) -> None:
         raise ConfigError(f"{problem}, with their labels: {fix}")
     if is_rank_zero():
         warnings.warn(f"{problem}, without their labels: for a better estimate, {fix}", RunWarning, stacklevel=2)
+
+
+def warn_of_seen(held_out: Sequence[str], files: Iterable[EncoderFile]) -> bool:
+    """Warn if an encoder was trained on held-out image files, and return whether one was."""
+    counts = {each.source: count for each in files if (count := count_seen(held_out, each))}
+    if counts and is_rank_zero():
+        source, count = next(iter(counts.items()))
+        problem = f"{count:,} of the {len(held_out):,} held-out images are in the folder of images that {source} was"
+        fix = "for a better estimate, name other held-out images"
+        warnings.warn(f"{problem} trained on: {fix}", RunWarning, stacklevel=2)
+    return bool(counts)

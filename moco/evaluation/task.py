@@ -26,9 +26,9 @@ from moco.data.video import video_of
 from moco.data.view import View
 from moco.distributed import is_rank_zero, on_rank_zero, world_size
 from moco.evaluation.average_precision import AveragePrecision
-from moco.evaluation.features import EvalTransform, Network, extract, pixels
+from moco.evaluation.features import EvalTransform, Inference, Network, extract, pixels
 from moco.evaluation.metrics import mean_interval, mean_known
-from moco.evaluation.seen import count_seen, held_out_seen
+from moco.evaluation.seen import held_out_seen
 from moco.evaluation.steps import LogStep
 from moco.evaluation.subject import (
     Subject,
@@ -46,6 +46,7 @@ from moco.runs.comparison import BASELINES
 from moco.runtime.console import duration, log, log_next, percent, progress_bar, table
 from moco.runtime.device import compute_context
 from moco.runtime.next_command import changed_fields, command
+from moco.runtime.precision import PRECISIONS
 
 Config = TypeVar("Config", bound=SubjectConfig)
 
@@ -74,6 +75,10 @@ class Task(Generic[Config]):
         """The number of held-out images that are training images too. Collective."""
         return count_copies(self.train, self.held_out)
 
+    @property
+    def inference(self) -> Inference:
+        return Inference(self.device, self.config.images_at_once, self.data.workers, PRECISIONS[self.config.precision])
+
     def features(
         self, network: Network, source: Source, description: str = "", heartbeat: Callable[[], None] = lambda: None
     ) -> Tensor:
@@ -84,8 +89,7 @@ class Task(Generic[Config]):
         """
         transform = self.subject.transform.unnormalized() if network is pixels else self.subject.transform
         with monitored(network, len(source), description) if description else nullcontext(network) as forward:
-            rest = self.device, self.config.images_at_once, self.data.workers, heartbeat
-            return extract(forward, source, transform, *rest)
+            return extract(forward, source, transform, self.inference, heartbeat)
 
 
 @contextmanager
@@ -235,8 +239,8 @@ def interval_note(seeds: int, single: str = "with Wilson's 95 % interval") -> st
 
 
 def own_settings(config: ResumableConfig) -> dict[str, Any]:
-    """Return the fields of a command that it does not share with other commands."""
-    shared = {each.name for base in (SubjectConfig, ResumableConfig) for each in fields(base)}
+    """Return the fields of a command that it does not share with other commands, and the precision."""
+    shared = {each.name for base in (SubjectConfig, ResumableConfig) for each in fields(base)} - {"precision"}
     return {name: value for name, value in asdict(config).items() if name not in shared}
 
 
@@ -367,14 +371,3 @@ def show_results(title: str, found: Sequence[Result], extra: Mapping[str, Sequen
     rows = [[each.encoder, *each.cells().values(), *more] for each, more in zip(found, added, strict=True)]
     baselines = found[0].metrics[0].baselines(found[0].encoder)
     table(title, ["encoder", *found[0].cells(), *extra], rows, f"{caption}\n{baselines}")
-
-
-def warn_of_seen(held_out: Sequence[str], files: Iterable[EncoderFile]) -> bool:
-    """Warn if an encoder was trained on held-out image files, and return whether one was."""
-    counts = {each.source: count for each in files if (count := count_seen(held_out, each))}
-    if counts and is_rank_zero():
-        source, count = next(iter(counts.items()))
-        problem = f"{count:,} of the {len(held_out):,} held-out images are in the folder of images that {source} was"
-        fix = "for a better estimate, name other held-out images"
-        warnings.warn(f"{problem} trained on: {fix}", RunWarning, stacklevel=2)
-    return bool(counts)

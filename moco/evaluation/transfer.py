@@ -30,6 +30,7 @@ from moco.evaluation.transfer_results import (
     show,
     write_results,
 )
+from moco.interop.encoder_file import EncoderFile
 from moco.runs.results import prepare, record
 from moco.runtime.console import log, log_next, percent
 from moco.runtime.device import compute_context
@@ -39,9 +40,9 @@ from moco.runtime.preemption import keeping
 
 # The fields on which the results of a mode depend, besides the encoders and the data.
 SETTINGS = {
-    "linear": ("validation", "seed"),
-    "few_shot": ("ways", "shots", "queries", "episodes", "seed"),
-    "finetune": ("finetune", "seed"),
+    "linear": ("validation", "precision", "seed"),
+    "few_shot": ("ways", "shots", "queries", "episodes", "precision", "seed"),
+    "finetune": ("finetune", "precision", "seed"),
 }
 NOTES = {
     "linear": "logistic regression on frozen features, its L2 penalty chosen on validation images; mAP: a linear SVM "
@@ -76,8 +77,8 @@ def evaluate_transfer(config: TransferConfig) -> list[SetResults]:
         # is computed.
         opened = {name: None if name in SETS else open_set(name, config, own) for name in config.sets}
         for name, splits in opened.items():
-            if splits is not None and name != OF_FIELDS:  # for `OF_FIELDS`, `open_set` does this
-                _check_seen_images(name, splits, candidates)
+            if splits is not None:
+                _check_seen_images(name, splits, config, own, candidates)
         with keeping("finished results", lambda: any((output / FOLDER).glob(f"{config.mode}_*.json"))):
             found = [_evaluate_set(name, splits, config, own, candidates, device) for name, splits in opened.items()]
         _report(config, found, output)
@@ -116,14 +117,18 @@ def _open_other(name: str, config: TransferConfig) -> Subject:
         raise ConfigError(f"encoders={name}: {error}") from error
 
 
-def _check_seen_images(name: str, splits: Splits, candidates: Sequence[Candidate]) -> None:
+def _check_seen_images(
+    name: str, splits: Splits, config: TransferConfig, own: Subject, candidates: Sequence[Candidate]
+) -> None:
     """Refuse test images if an encoder was trained with their labels; warn if one saw them without labels."""
     paths = paths_of(splits.test.source)
-    for each in candidates:
-        if each.seed is None and (count := count_seen(paths, each.subject.file)):
-            problem = f"sets={name}: {count:,} of the {len(paths):,} test images are in the folder of images that "
-            problem += f"{each.subject.file.source} was trained on"
-            refuse_or_warn(problem, each.subject.file, "name a folder of other images in sets")
+    for file in _files_that_saw(name, splits, config, own, candidates):
+        if name == OF_FIELDS and file is own.file:
+            continue  # `open_set` checked it
+        count = count_seen(paths, file)
+        found = f"{count:,} of the {len(paths):,} test images are" if count else "test images can be"
+        problem = f"sets={name}: {found} among the images that {file.source} was trained on"
+        refuse_or_warn(problem, file, "name a folder of other images in sets")
 
 
 def _evaluate_set(
@@ -157,7 +162,8 @@ def _evaluate_set(
     parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
     sizes = {part: len(images.source) if images else 0 for part, images in parts.items()}
     found.about = {"measure": splits.measure, "classes": splits.classes} | sizes
-    found.about["data"] = _data_of(name, config, own) | {"held_out_seen": _seen(name, splits, config, own, candidates)}
+    seen = bool(_files_that_saw(name, splits, config, own, candidates))
+    found.about["data"] = _data_of(name, config, own) | {"held_out_seen": seen}
     found.about["changed"] = changed_settings(config, "transfer", SETTINGS[config.mode]) | changed_images(config)
     if splits.test.labels.ndim == 1:
         found.about["test_per_class"] = sorted(np.bincount(splits.test.labels).tolist(), reverse=True)
@@ -174,13 +180,15 @@ def _evaluate_set(
     return found
 
 
-def _seen(name: str, splits: Splits, config: TransferConfig, own: Subject, candidates: Sequence[Candidate]) -> bool:
-    """Return whether test images can be among those that one of the encoders was trained on."""
+def _files_that_saw(
+    name: str, splits: Splits, config: TransferConfig, own: Subject, candidates: Sequence[Candidate]
+) -> list[EncoderFile]:
+    """Return the files of the trained encoders that can have seen test images in their training."""
     files, test = [each.subject.file for each in candidates if each.seed is None], splits.test.source
     if name != OF_FIELDS:
-        return any(count_seen(paths_of(test), file) for file in files)
+        return [file for file in files if count_seen(paths_of(test), file)]
     data = data_config(config, own)
-    return any(held_out_seen(data, config.data.hold_out, file, test) for file in files)
+    return [file for file in files if held_out_seen(data, config.data.hold_out, file, test)]
 
 
 def _data_of(name: str, config: TransferConfig, own: Subject) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from moco.config import require
 from moco.config.transfer import TransferConfig, finetune_config
 from moco.evaluation import task as evaluation
-from moco.evaluation.features import extract
+from moco.evaluation.features import Inference, extract
 from moco.evaluation.few_shot import Episodes, draw_episodes, episode_accuracies
 from moco.evaluation.finetune import set_up, train_and_measure
 from moco.evaluation.logistic_regression import STRENGTHS, choose_and_fit
@@ -27,6 +27,7 @@ from moco.evaluation.svm import COSTS, FOLDS, evaluate_svm
 from moco.evaluation.transfer_data import Part, Splits
 from moco.interop.encoder_file import build
 from moco.runtime.console import log, progress_bar
+from moco.runtime.precision import PRECISIONS
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +53,12 @@ class EvaluatedEncoder:
         """Return the features (M, D) of each part, on every rank."""
         subject, config = self.candidate.subject, self.config
         backbone = build(subject.file, self.candidate.seed).backbone.to(self.device)
+        inference = Inference(self.device, config.images_at_once, config.data.workers, PRECISIONS[config.precision])
         found = []
         for part in parts:
             title, count = f"{self.title}: {len(part.source):,} images", len(part.source)
             with evaluation.monitored(backbone, count, title) as network:
-                rest = self.device, config.images_at_once, config.data.workers
-                found.append(extract(network, part.source, subject.transform, *rest))
+                found.append(extract(network, part.source, subject.transform, inference))
         return found
 
 

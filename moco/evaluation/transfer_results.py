@@ -66,7 +66,7 @@ def read_results(file: Path, wanted: SetResults) -> tuple[SetResults, str]:
         found = SetResults(**stored)
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{file} is damaged ({error}): remove it") from error
-    before = found.settings
+    before = {"precision": "fp32"} | found.settings  # earlier versions did not write it
     changed = [name for name, value in wanted.settings.items() if before.get(name) != value]
     if changed:
         named = [f"{name}={before.get(name)}" for name in changed if name != "images"]

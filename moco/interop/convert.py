@@ -12,7 +12,7 @@ from moco.config import ConfigError, DataConfig, require
 from moco.config.convert import ConvertConfig
 from moco.data.pixel_format import PixelFormat
 from moco.data.sources import ArraySource, Source, load_source
-from moco.evaluation.features import Network, stream
+from moco.evaluation.features import Inference, Network, stream
 from moco.evaluation.subject import Subject, data_config, open_data, open_subject, weights_digest
 from moco.files import WriteError, cause, flush, resolved, write_errors
 from moco.interop.encoder_file import EncoderFile, build
@@ -53,7 +53,7 @@ def convert_encoder(config: ConvertConfig) -> None:
     rows = range(0, len(source), max(1, len(source) // config.pictures))[: config.pictures]
 
     def features(network: Network) -> Tensor:  # (M, D)
-        return torch.cat(list(stream(network, source, rows, transform, torch.device("cpu"), _BATCH_SIZE)))
+        return torch.cat(list(stream(network, source, rows, transform, Inference(torch.device("cpu"), _BATCH_SIZE))))
 
     log(f"{file.source} ({file.layout}: {file.backbone}{file.trained}) to {config.to}")
     if output.is_dir():

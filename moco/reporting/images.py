@@ -18,7 +18,7 @@ from moco.data.keyed import REPORT, permutation
 from moco.data.pixel_format import per_channel, preview, to_float
 from moco.data.sources import Source
 from moco.data.unreadable import find_unreadable
-from moco.evaluation.features import EvalTransform, evaluation_view, stream
+from moco.evaluation.features import EvalTransform, Inference, evaluation_view, stream
 from moco.evaluation.neighbors import nearest
 from moco.evaluation.subject import data_config, open_data, open_subject
 from moco.interop.encoder_file import build
@@ -68,10 +68,10 @@ def compute_features(config: ReportConfig, run: Run, device: torch.device) -> Im
         rows = permutation(config.seed, 0, len(source), REPORT)[: count or None].tolist()
 
         def features(rows: Sequence[int]) -> ImageSet:
-            size, workers = config.images_at_once, data_used.workers
+            inference = Inference(device, config.images_at_once, data_used.workers)
             parts: list[Tensor] = []
             with progress_bar(f"{run.name}: {title}") as progress:
-                for part in stream(backbone, source, rows, subject.transform, device, size, workers):
+                for part in stream(backbone, source, rows, subject.transform, inference):
                     parts.append(part.cpu())
                     progress(sum(map(len, parts)), len(rows))
             return ImageSet(source, np.array(rows, np.int64), torch.cat(parts).numpy())

@@ -28,7 +28,7 @@ from moco.data.sources import Source
 from moco.data.unreadable import find_unreadable
 from moco.distributed import all_gather_object, is_rank_zero, on_rank_zero, rank, world_size
 from moco.evaluation import subject as subjects
-from moco.evaluation.features import stream
+from moco.evaluation.features import Inference, stream
 from moco.files import write_json
 from moco.interop.encoder_file import EncoderFile, ForeignFileError, build
 from moco.plugins import recorded
@@ -38,6 +38,7 @@ from moco.runtime.console import log_next, progress_bar, summary_panel
 from moco.runtime.device import compute_context
 from moco.runtime.next_command import command, named_images
 from moco.runtime.output_directory import FEATURES, lock_directory
+from moco.runtime.precision import PRECISIONS
 from moco.runtime.preemption import keeping
 
 
@@ -138,8 +139,9 @@ class _Work:
         for row in rows:
             if row in self.source.unreadable:  # of a resident source, which holds a black image instead
                 raise self.source.unreadable[row]
-        transform, workers = self.subject.transform, subjects.data_config(self.config, self.subject).workers
-        return stream(self.network, self.source, rows, transform, self.device, self.config.images_at_once, workers)
+        config, workers = self.config, subjects.data_config(self.config, self.subject).workers
+        inference = Inference(self.device, config.images_at_once, workers, PRECISIONS[config.precision])
+        return stream(self.network, self.source, rows, self.subject.transform, inference)
 
     def chunks_of_rank(self, done: int) -> Iterator[_Chunk]:
         """Compute this rank's chunks in order, after the first `done` chunks of all ranks.
@@ -188,6 +190,7 @@ def _about(work: _Work) -> About:
         "look": json.loads(json.dumps(asdict(subject.transform))),
         "features": config.features,
         "normalize": config.normalize,
+        "precision": config.precision,
         "dtype": config.dtype,
         "dimension": int(work.network(torch.zeros(1, file.channels, size, size, device=work.device)).shape[1]),
         "images_at_once": config.images_at_once,

@@ -17,7 +17,7 @@ from moco.data.opening import open_sources
 from moco.data.pixel_format import PixelFormat
 from moco.data.recorded import recorded_data
 from moco.data.sources import FolderSource
-from moco.evaluation.features import EvalTransform, stream
+from moco.evaluation.features import EvalTransform, Inference, stream
 from moco.evaluation.subject import open_subject, weights_digest
 from moco.files import resolved
 from moco.interop.encoder_file import EncoderFile, read_encoder
@@ -26,6 +26,7 @@ from moco.plugins import naming_plugins
 from moco.reporting.gallery import ImageSet
 from moco.retrieval.embed import build_network
 from moco.retrieval.store import Embedding, open_embedding, origin_of, read_about
+from moco.runtime.precision import PRECISIONS
 
 
 def open_index(config: SearchConfig) -> Embedding:
@@ -77,7 +78,8 @@ def query_features(config: SearchConfig, index: Embedding, device: torch.device)
         transform = EvalTransform(**about["look"])
         every, files = range(len(outside)), image_files(outside, index.images.source.pixel_format)
         try:
-            parts = list(stream(network, files, every, transform, device, config.images_at_once))
+            inference = Inference(device, config.images_at_once, precision=PRECISIONS[about.get("precision", "fp32")])
+            parts = list(stream(network, files, every, transform, inference))
         except ImageError as error:
             raise ImageError(f"query: {error}") from error
         features[~known] = torch.cat(parts).cpu().numpy()

@@ -116,6 +116,7 @@ def begin(folder: Path, about: About) -> About | None:
 def _refuse_other(folder: Path, there: About, now: About) -> None:
     """Raise ConfigError if the output was made with another encoder, other images or other settings."""
     differing = []
+    there = {"precision": "fp32"} | dict(there)  # earlier versions did not write it
     if there["encoder"]["sha256"] != now["encoder"]["sha256"]:
         differing.append(f"another encoder ({there['encoder']['source']}, step {there['encoder']['step']})")
     images, origin = there["pictures"], origin_of(there)
@@ -125,7 +126,7 @@ def _refuse_other(folder: Path, there: About, now: About) -> None:
         differing.append(f"images of {origin} that have changed since (size or time of a file)")
     differing += [
         f"{'images' if name == 'look' else name}={there[name]} (now {now[name]})"
-        for name in ("look", "features", "normalize", "dtype", "images_at_once")
+        for name in ("look", "features", "normalize", "precision", "dtype", "images_at_once")
         if now[name] is not None and there[name] != now[name]
     ]
     require(

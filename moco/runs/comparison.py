@@ -48,7 +48,7 @@ _OPTIONAL = frozenset(
     [
         *("weights", "channels", "initial_seed", "projection", "projection_sha256", "data.sha256"),
         *("look.size", "look.resize", "look.mean", "look.std"),
-        *("settings.kind", "settings.seed", "settings.mean", "settings.std"),
+        *("settings.kind", "settings.seed", "settings.mean", "settings.std", "settings.precision"),
     ]
 )
 _SECTIONS = ("data", "settings", "choice", "look")  # their fields have dotted names

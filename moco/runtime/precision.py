@@ -13,6 +13,11 @@ ROUNDS = 5  # measured rounds, after one to warm up
 PIXELS = 4 * 224**2  # most pixels per channel of one measured pass; a pass has at most 32 images and at least one
 
 
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """Return the context in which networks compute in this number format; for float32, one without effect."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
 def pick_precision(
     configured: str, encoder: nn.Module, size: int, device: torch.device, channels: int = 3
 ) -> tuple[str, str]:
@@ -53,7 +58,7 @@ def _measure_speedup(encoder: nn.Module, images: Tensor) -> float:
         for number in range(1 + ROUNDS):
             for dtype, seconds in times.items():
                 began = time.perf_counter()
-                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                with autocast(images.device, dtype):
                     out = network(images)
                 out.float().square().mean().backward()
                 if number:  # the first round is the warm-up

@@ -19,6 +19,7 @@ from moco.evaluation.encoders import folder_name, normalization, open_encoders
 from moco.evaluation.finetuning import build_finetune_optimizer, plan_of
 from moco.evaluation.metrics import mean_interval
 from moco.evaluation.resumable import ResumableTraining, Supervision, supervised, train_resumably
+from moco.evaluation.seen import warn_of_seen
 from moco.evaluation.steps import LogStep, Schedule
 from moco.evaluation.subject import open_encoder, output_of, weights_digest
 from moco.evaluation.task import (
@@ -30,7 +31,6 @@ from moco.evaluation.task import (
     log_next_training,
     own_settings,
     progress_log,
-    warn_of_seen,
 )
 from moco.interop.encoder_file import EncoderFile
 from moco.runs.results import prepare, record

@@ -14,13 +14,14 @@ from moco.data.duplicates import copies_message, count_copies
 from moco.data.opening import without_unreadable_evaluation_images
 from moco.data.plan import Plan
 from moco.data.unreadable import OnUnreadable
-from moco.evaluation.features import EvalTransform, Network, extract, pixels
+from moco.evaluation.features import EvalTransform, Inference, Network, extract, pixels
 from moco.evaluation.instance_retrieval import images_used, instance_retrieval
 from moco.evaluation.knn_classifier import Accuracy, KnnSettings, knn_accuracy, knn_title
 from moco.evaluation.subject import labels_of
 from moco.evaluation.subsets import naming_field
 from moco.methods.build import encoder_of
 from moco.runtime.device import float64_device
+from moco.runtime.precision import PRECISIONS
 from moco.runtime.sharding import whole_weights
 from moco.training.online_probe import OnlineProbe
 
@@ -152,9 +153,7 @@ class LiveEvaluation:
             networks,
             self._sources.train,
             EvalTransform(augment.size, mean=augment.mean, std=augment.std),
-            self._device,
-            config.batch_size,
-            config.data.workers,
+            Inference(self._device, config.batch_size, config.data.workers, PRECISIONS[config.evaluate.precision]),
             on_unreadable=self._on_unreadable,
             heartbeat=self._heartbeat,
         )
@@ -199,20 +198,17 @@ def live_knn(
     networks: dict[str, Network] = {"knn": evaluated_network(method.encoder, evaluate)}
     if with_pixels and evaluate.raw_pixels:
         networks = {"raw_pixels": pixels} | networks
+    inference = Inference(device, evaluate.batch_size, config.data.workers, PRECISIONS[evaluate.precision])
     scores = {}
     for name, network in networks.items():
         inputs = transform.unnormalized() if network is pixels else transform
-        references, queries = (
-            extract(network, source, inputs, device, evaluate.batch_size, config.data.workers, heartbeat)
-            for source in (bank, held_out)
-        )
+        references, queries = (extract(network, source, inputs, inference, heartbeat) for source in (bank, held_out))
         with naming_field("evaluate.labels_per_class", evaluate.labels_per_class):
             given = references, labels_of(bank), queries, labels_of(held_out)
             scores[name] = knn_accuracy(*given, settings, lambda *_: heartbeat())
     if probe is not None:
         if evaluate.features != "backbone":
             backbone = method.encoder.get_submodule("backbone")
-            more = device, evaluate.batch_size, config.data.workers, heartbeat
-            queries = extract(backbone, held_out, transform, *more)
+            queries = extract(backbone, held_out, transform, inference, heartbeat)
         scores["probe"] = Accuracy(probe.accuracy(queries, labels_of(held_out)), 0.0, 1)
     return scores

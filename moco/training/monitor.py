@@ -15,6 +15,7 @@ from moco.distributed import gather, permute, world_size
 from moco.losses import info_nce_logits
 from moco.models.norm import GroupedBatchNorm, untracked
 from moco.runtime.device import float64_device
+from moco.runtime.precision import autocast
 
 KEYS = 4096  # number of the newest keys of the queue whose rank, spectrum and spread are measured
 QUERIES = 16  # queries of a step whose logits are measured
@@ -132,8 +133,7 @@ class Monitor:
         order = _across_groups(world_size() * len(images), group)
         if order is None:
             return {}
-        device, half = images.device.type, self._precision != torch.float32
-        with untracked(encoder), torch.autocast(device, self._precision, enabled=half):
+        with untracked(encoder), autocast(images.device, self._precision):
             if self._shuffled:
                 other = unit_length(encoder(images))  # (n, C)
             else:

@@ -52,9 +52,8 @@ class NonFiniteGuard:
         self.in_step, self.skipped = in_step, skipped
         self._plan, self._limit = plan, limit
         self._folder, self._state, self._log = folder, state, log
-        self._pending: tuple[int, Tensor, HostCopy] | None = (
-            None  # the last step: number, image indices (n,), see `check`
-        )
+        # The last step, which `check_pending` checks: its number, image indices (n,), and its loss.
+        self._pending: tuple[int, Tensor, HostCopy] | None = None
 
     def skip(self, step: int, index: Tensor, error: NonFiniteLoss) -> None:
         """Skip a step, counted from 0, with the image indices `index` (n,) on this rank. Every rank calls this.

@@ -13,6 +13,7 @@ from moco.builder import Method, Output, mean_measures
 from moco.data.loader import Batch
 from moco.distributed import Order, mean_over_ranks
 from moco.runtime.errors import NonFiniteLoss
+from moco.runtime.precision import autocast
 from moco.runtime.sharding import whole
 from moco.training.graph import Keys, StepGraph
 
@@ -34,10 +35,6 @@ class StepSettings:
     # the caller must check them later (`moco.training.nonfinite`). fp16 is always checked.
     check_finite: bool = True
     graph: StepGraph | None = None  # replays the forward and backward passes; None: the host launches each kernel
-
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """Return the context in which the networks compute."""
-        return torch.autocast(device.type, self.precision, self.precision != torch.float32)
 
 
 def train_step(
@@ -101,7 +98,7 @@ def train_step(
 def _encode_keys(method: Method, settings: StepSettings, batch: Batch, shuffles: Sequence[Order] | None) -> Keys:
     """Return the keys of the batch, by view; see `MoCo.encode_keys`."""
     places = {} if batch.places is None else {"places": batch.places}  # for a method that uses them
-    with settings.autocast(batch.index.device):
+    with autocast(batch.index.device, settings.precision):
         return method.encode_keys(batch.views, shuffles, len(batch.index) // settings.accumulate, **places)
 
 
@@ -114,7 +111,7 @@ def _differentiate(
     for part in range(accumulate):
         at = slice(part * micro_batch, (part + 1) * micro_batch)
         with _no_sync(forward, part < accumulate - 1):
-            with settings.autocast(batch.index.device):
+            with autocast(batch.index.device, settings.precision):
                 output: Output = forward([view[at] for view in batch.views], keys, batch.index[at], at.start)
             scaler.scale(output.loss / accumulate).backward()
         outputs.append(output._replace(loss=output.loss.detach()))

@@ -17,7 +17,7 @@ from moco.config import AugmentConfig, ConfigError, DataConfig, ModelConfig, Tra
 from moco.config.choose import ChooseConfig
 from moco.config.data import SubjectDataConfig
 from moco.data.sources import Sources, limited, load_source
-from moco.evaluation.features import EvalTransform, extract
+from moco.evaluation.features import EvalTransform, Inference, extract
 from moco.files import WriteError
 from moco.interop.encoder_file import build, read_encoder
 from moco.methods.build import build_method
@@ -59,7 +59,9 @@ def test_measures_equal_those_of_the_features(tmp_path: Path, capsys: pytest.Cap
     images = limited(load_source(DataConfig("digits")).train, 50)
     for point in points:
         encoder = build(read_encoder(Path(point.file)))
-        features = extract(encoder.backbone, images, EvalTransform(16, 0, [0.5] * 3, [0.5] * 3), torch.device("cpu"))
+        features = extract(
+            encoder.backbone, images, EvalTransform(16, 0, [0.5] * 3, [0.5] * 3), Inference(torch.device("cpu"))
+        )
         projected = encoder.head(features)
         assert point.measures["rank_me"] == pytest.approx(rank_me(features).item(), rel=1e-5)
         assert point.measures["rank_me_projection"] == pytest.approx(rank_me(projected).item(), rel=1e-5)

@@ -21,7 +21,7 @@ from moco.config import ConfigError, TrainConfig, check, config_dir
 from moco.data.decode import ImageError
 from moco.digest import digest
 from moco.distributed import PeerLost
-from moco.evaluation.features import EvalTransform, stream
+from moco.evaluation.features import EvalTransform, Inference, stream
 from moco.evaluation.knn_classifier import Accuracy
 from moco.interop.encoder_file import read_encoder
 from moco.runs import checkpoint
@@ -205,7 +205,9 @@ class Signaling:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_loader_processes_of_the_live_evaluation_ignore_signals(number: signal.Signals) -> None:
     source: Any = Signaling(number)
-    parts = list(stream(torch.nn.Flatten(), source, range(4), EvalTransform(4), torch.device("cpu"), 2, workers=1))
+    parts = list(
+        stream(torch.nn.Flatten(), source, range(4), EvalTransform(4), Inference(torch.device("cpu"), 2, workers=1))
+    )
     features = torch.cat(parts)[:, 0] * 255
     torch.testing.assert_close(features, torch.arange(4.0))
 

@@ -19,7 +19,7 @@ from moco.data.plan import Plan
 from moco.data.sources import Source, load_source
 from moco.data.view import View
 from moco.data.workers import LoaderError, count_processes, in_order, loaded, make_loader, start_worker
-from moco.evaluation.features import EvalTransform, extract, stream
+from moco.evaluation.features import EvalTransform, Inference, extract, stream
 from moco.runtime.preemption import STOP_SIGNALS
 from tests.data.unreadable_files import folder
 
@@ -60,8 +60,8 @@ def test_a_death_is_reported_in_an_evaluation(source: Source) -> None:
         return images
 
     with pytest.raises(LoaderError, match=DIED.format("data.workers")):
-        extract(network, source, EvalTransform(8), CPU, 4, workers=1)
-    features = stream(lambda images: images, source, range(40), EvalTransform(8), CPU, 4, workers=1)
+        extract(network, source, EvalTransform(8), Inference(CPU, 4, workers=1))
+    features = stream(lambda images: images, source, range(40), EvalTransform(8), Inference(CPU, 4, workers=1))
     next(features)
     with pytest.raises(LoaderError, match=DIED.format("data.workers")):
         kill_worker()
@@ -150,7 +150,7 @@ def test_missing_shared_memory_is_reported_in_one_sentence(source: Source, monke
     with pytest.raises(LoaderError, match=words):
         next(batches(source, PLAN, VIEWS, CPU, workers=1))
     with pytest.raises(LoaderError, match=words):
-        extract(torch.nn.Flatten(), source, EvalTransform(8), CPU, 4, workers=1)
+        extract(torch.nn.Flatten(), source, EvalTransform(8), Inference(CPU, 4, workers=1))
     assert multiprocessing.active_children() == []
     assert len(next(batches(source, PLAN, VIEWS, CPU, workers=0)).index) == 4
 

@@ -37,7 +37,7 @@ from moco.distributed import (
     world_size,
 )
 from moco.evaluation.cache import cached
-from moco.evaluation.features import EvalTransform, extract, pixels, stream
+from moco.evaluation.features import EvalTransform, Inference, extract, pixels, stream
 from moco.evaluation.finetuning import TrainSettings, train
 from moco.evaluation.linear_probe import new_head, train_head
 from moco.models.norm import GroupedBatchNorm
@@ -148,7 +148,7 @@ def averaged_gradients() -> list[Tensor]:
 def features() -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     source = ArraySource(torch.randint(256, (37, 3, 4, 4), generator=generator, dtype=torch.uint8), [""] * 37)
-    return extract(pixels, source, EvalTransform(4), CPU, batch_size=8)
+    return extract(pixels, source, EvalTransform(4), Inference(CPU, batch_size=8))
 
 
 LABELS = np.arange(8) % 2
@@ -179,7 +179,7 @@ def raised(function: Callable[[], object]) -> str:
 
 def errors(folder: Path) -> tuple[list[int], list[int], list[str]]:
     """What `all_gather_object` and `in_lockstep` return, and the errors of each way to read image five."""
-    shown = (EvalTransform(4), CPU, 2)
+    shown = (EvalTransform(4), Inference(CPU, 2))
     plan, views = Plan(8, 4, 2, 0, rank(), world_size()), [View(4)]
     labels = torch.from_numpy(LABELS)
 

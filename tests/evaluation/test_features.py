@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moco.config import DataConfig
 from moco.data.decode import ImageError
 from moco.data.sources import ArraySource, Source, load_source
-from moco.evaluation.features import EvalTransform, evaluation_view, extract, pixels
+from moco.evaluation.features import EvalTransform, Inference, evaluation_view, extract, pixels
 
 SIZE, MEAN, STD = 6, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def on_disk(source: ArraySource, folder: Path) -> Source:
 
 
 def features(network: nn.Module, source: Source, batch: int, resize: int = 0, workers: int = 0) -> Tensor:
-    return extract(network, source, EvalTransform(SIZE, resize, MEAN, STD), CPU, batch, workers)
+    return extract(network, source, EvalTransform(SIZE, resize, MEAN, STD), Inference(CPU, batch, workers))
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_every_sample_once_and_in_order_for_any_batch_size(count: int, batch: in
 
 def test_pixels_are_the_image_itself() -> None:
     source = in_memory(3)
-    got = extract(pixels, source, EvalTransform(SIZE), CPU, 2)
+    got = extract(pixels, source, EvalTransform(SIZE), Inference(CPU, 2))
     assert torch.equal(got, source.images.flatten(1).float() / 255)
 
 

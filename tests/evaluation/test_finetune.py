@@ -18,7 +18,7 @@ from moco.config.finetune import FinetuneConfig, check_finetune
 from moco.config.subject import ImagesConfig
 from moco.data.sources import Source, load_source
 from moco.evaluation import task as task_module
-from moco.evaluation.features import EvalTransform, extract
+from moco.evaluation.features import EvalTransform, Inference, extract
 from moco.evaluation.finetune import evaluate_finetune, pick, view_of
 from moco.evaluation.metrics import mean_interval
 from moco.evaluation.subject import open_subject
@@ -124,7 +124,7 @@ def test_it_writes_results_and_a_network_that_the_other_commands_read(
     assert held_out is not None
     assert held_out.labels is not None
     backbone = build(file).get_submodule("backbone")
-    features = extract(backbone, held_out, EvalTransform(16, 0, (0.5,) * 3, (0.5,) * 3), torch.device("cpu"))
+    features = extract(backbone, held_out, EvalTransform(16, 0, (0.5,) * 3, (0.5,) * 3), Inference(torch.device("cpu")))
     with safe_open(folder / "head.safetensors", "pt") as head:
         assert json.loads(head.metadata()["classes"]) == list("0123456789")
         scores = features @ head.get_tensor("weight").T + head.get_tensor("bias")

@@ -22,7 +22,7 @@ from moco.data.sources import ArraySource
 from moco.data.view import View
 from moco.distributed import rank, world_size, wrap_ddp
 from moco.evaluation import finetuning
-from moco.evaluation.features import EvalTransform, extract
+from moco.evaluation.features import EvalTransform, Inference, extract
 from moco.evaluation.finetuning import (
     TrainSettings,
     build_finetune_optimizer,
@@ -125,7 +125,7 @@ def steps(mixup: float, name: str) -> tuple[dict[str, Tensor], list[float], Tens
     assert (plan.rank, plan.processes) == (rank(), world_size())
     settings = TrainSettings(0.05 if name == "sgd" else 0.003, 0.2, mixing(mixup, mixup, 3), 0.1)
     losses = fit(network, plan, settings, replace(SGD, name=name))
-    scores = extract(network, source(23), EvalTransform(8), CPU, batch_size=4)
+    scores = extract(network, source(23), EvalTransform(8), Inference(CPU, batch_size=4))
     return dict(network.state_dict()), losses, scores
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from moco.config import DataConfig
 from moco.data.duplicates import content_groups
 from moco.data.sources import load_source
-from moco.evaluation.features import EvalTransform, pixels
+from moco.evaluation.features import EvalTransform, Inference, pixels
 from moco.evaluation.instance_retrieval import images_used, instance_retrieval, retrieval_at_1
 from moco.evaluation.knn_classifier import Accuracy
 from tests.data import images as example_images
@@ -30,7 +30,7 @@ def measure(folder: Path, batch_size: int = 4) -> dict[str, Accuracy]:
     """Measure raw pixels and their mean color on a folder of ten images."""
     source = load_source(DataConfig(name="folder", root=str(folder))).train
     networks = {"raw_pixels": pixels, "color": lambda images: images.mean(dim=(2, 3))}
-    return instance_retrieval(networks, source, EvalTransform(16), torch.device("cpu"), batch_size)
+    return instance_retrieval(networks, source, EvalTransform(16), Inference(torch.device("cpu"), batch_size))
 
 
 def test_the_value_is_that_of_a_loop() -> None:
@@ -80,6 +80,6 @@ def test_a_folder_is_measured_the_same_twice_and_leaves_modules_in_their_mode(tm
     norm = torch.nn.BatchNorm1d(3 * 16 * 16)
     network = torch.nn.Sequential(torch.nn.Flatten(), norm)
     source = load_source(DataConfig(name="folder", root=str(folder))).train
-    instance_retrieval({"network": network}, source, EvalTransform(16), torch.device("cpu"), 4)
+    instance_retrieval({"network": network}, source, EvalTransform(16), Inference(torch.device("cpu"), 4))
     assert network.training
     assert norm.num_batches_tracked == 0

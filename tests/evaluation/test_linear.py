@@ -21,7 +21,7 @@ from moco.config import ConfigError, DataConfig, RunWarning, config_dir
 from moco.config.linear import LinearConfig, check_linear
 from moco.data.sources import load_source
 from moco.distributed import on_rank_zero
-from moco.evaluation.features import EvalTransform, extract
+from moco.evaluation.features import EvalTransform, Inference, extract
 from moco.evaluation.linear_probe import load_head
 from moco.evaluation.metrics import compute_metrics
 from moco.evaluation.subject import open_labeled
@@ -130,7 +130,7 @@ def test_the_saved_head_reproduces_the_accuracy(make: Any, normalize: str, tmp_p
     head, sources = load_head(next(tmp_path.glob("linear*.safetensors"))), load_source(DataConfig("digits"))
     assert sources.held_out is not None
     backbone = build(read_encoder(tmp_path / "encoder.safetensors")).get_submodule("backbone")
-    features = extract(backbone, sources.held_out, EvalTransform(**head.about["look"]), CPU)
+    features = extract(backbone, sources.held_out, EvalTransform(**head.about["look"]), Inference(CPU))
     right = head(features).argmax(dim=1).numpy() == sources.held_out.labels
     assert 100 * right.mean() == pytest.approx(figures["top1"])
     assert head.about["classes"] == list("0123456789")

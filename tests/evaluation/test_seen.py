@@ -48,7 +48,7 @@ def test_test_images_of_the_encoders_training_are_refused_or_named(supervised: b
     with warnings.catch_warnings(action="error"):  # the test images are in another folder
         evaluate_transfer(settings)
     settings.sets = [f"{root}/train/"]
-    problem = r"sets=\S+train/: 3 of the 3 test images are in the folder of images that \S+run\S+ was trained on, with"
+    problem = r"sets=\S+train/: 3 of the 3 test images are among the images that \S+run\S+ was trained on, with"
     if supervised:
         with pytest.raises(ConfigError, match=f"{problem} their labels: name"):
             evaluate_transfer(settings)
@@ -60,3 +60,22 @@ def test_test_images_of_the_encoders_training_are_refused_or_named(supervised: b
         "mages": False,
         "train": True,
     }
+
+
+@pytest.mark.parametrize("supervised", [False, True])
+def test_another_encoder_that_saw_the_test_images_of_the_entry_data_is_named(supervised: bool, tmp_path: Path) -> None:
+    for number, part in enumerate(("train", "test")):
+        write_images(tmp_path / "images" / part, COUNTS, number)
+    other = trained(tmp_path / "other", "folder", supervised=supervised, root=str(tmp_path / "images/test"))
+    run = str(trained(tmp_path / "run"))
+    settings = TransferConfig(run=run, sets=["data"], encoders=["pretrained", str(other)], device="cpu")
+    settings.data.name, settings.data.labels, settings.data.workers = "folder", "folder", 0
+    settings.data.root, settings.data.eval_root = str(tmp_path / "images/train"), str(tmp_path / "images/test")
+    problem = r"sets=data: 18 of the 18 test images are among the images that \S+other\S+ was trained on, with"
+    if supervised:
+        with pytest.raises(ConfigError, match=f"{problem} their labels: name"):
+            evaluate_transfer(settings)
+        return
+    with pytest.warns(RunWarning, match=f"{problem}out their labels"):
+        evaluate_transfer(settings)
+    assert all(entry["data"]["held_out_seen"] for entry in json.loads(Path(run, "results.json").read_text()))

@@ -20,7 +20,7 @@ from moco.config import ConfigError
 from moco.config.finetune import FinetuneConfig
 from moco.config.transfer import TransferConfig, check_transfer
 from moco.data.decode import ImageError
-from moco.evaluation.features import extract
+from moco.evaluation.features import Inference, extract
 from moco.evaluation.finetune import evaluate_finetune
 from moco.evaluation.logistic_regression import STRENGTHS
 from moco.evaluation.subject import open_subject
@@ -88,7 +88,7 @@ def test_digits_and_folders_give_one_table_with_a_mean_and_scikit_learns_accurac
         assert (splits.validation is None) == (name == "data")
         backbone = build(subject.file).backbone
         x, v, t = (
-            extract(backbone, part.source, subject.transform, CPU).double().numpy()
+            extract(backbone, part.source, subject.transform, Inference(CPU)).double().numpy()
             for part in (train, held, splits.test)
         )
         result = each.encoders["pretrained"]

@@ -30,7 +30,7 @@ from moco.data.pixel_format import RGB
 from moco.data.sources import load_source
 from moco.data.unreadable import UnreadableImages
 from moco.data.walk import IMAGE_ENDINGS, IMAGE_FORMATS
-from moco.evaluation.features import EvalTransform, pixels, stream
+from moco.evaluation.features import EvalTransform, Inference, pixels, stream
 from moco.interop.encoder_file import build, read_encoder
 from moco.reporting.gallery import ImageSet
 from moco.retrieval.queries import image_files
@@ -238,7 +238,11 @@ def test_an_image_starts_no_program(ghostscript: Path, tmp_path: Path) -> None:
     images = ImageSet(source, np.arange(10), np.zeros((10, 2), np.float32))
     assert image_size(images, 9) == {"width": 0, "height": 0, "bytes": 0}
     with pytest.raises(ImageError, match="no known image format"):
-        list(stream(pixels, image_files([str(root / "zz.jpg")], RGB), [0], EvalTransform(8), torch.device("cpu")))
+        list(
+            stream(
+                pixels, image_files([str(root / "zz.jpg")], RGB), [0], EvalTransform(8), Inference(torch.device("cpu"))
+            )
+        )
 
     for compression in (1, 2, 3, 5, 6, 7, 8, 32773, 34676, 34712, 34925, 50000, 50001, 60000):
         (root / "odd.tif").write_bytes(odd_tiff(compression, POSTSCRIPT))

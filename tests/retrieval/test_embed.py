@@ -23,7 +23,7 @@ from moco.config.subject import ImagesConfig
 from moco.data.decode import ImageError
 from moco.data.sources import load_source
 from moco.evaluation import features
-from moco.evaluation.features import EvalTransform, extract
+from moco.evaluation.features import EvalTransform, Inference, extract
 from moco.files import WriteError
 from moco.interop.encoder_file import ForeignFileError, build, read_encoder
 from moco.retrieval import embed as embed_module
@@ -66,7 +66,9 @@ def test_the_features_equal_those_of_the_encoder(
     written = np.load(output / "features.npy")
     source = load_source(DataConfig("folder", str(made[1]))).train
     network = build(read_encoder(made[0])).backbone
-    wanted = extract(network, source, EvalTransform(16, 16, [0.5] * 3, [0.25] * 3), torch.device("cpu"), batch_size=4)
+    wanted = extract(
+        network, source, EvalTransform(16, 16, [0.5] * 3, [0.25] * 3), Inference(torch.device("cpu"), batch_size=4)
+    )
     assert written.dtype == np.float32
     assert np.array_equal(written, wanted.numpy())
     assert [each["path"] for each in rows(output)] == [f"{i:02}.png" for i in range(11)]

@@ -1,7 +1,6 @@
 """The GPU of a Mac, device=mps: what is refused there, and what is computed on the CPU. See also tests/rehearsal."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,15 +57,17 @@ def test_float64_is_computed_on_the_cpu_for_mps_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "field", ["compile", "cuda_graph", "shard", "activation_checkpointing", "precision=bf16", "precision=fp16"]
+    "field",
+    [
+        *("compile", "cuda_graph", "shard", "activation_checkpointing", "precision=bf16", "precision=fp16"),
+        "evaluate.precision=bf16",
+    ],
 )
 def test_training_refuses_what_mps_does_not_support(field: str) -> None:
     name, value = field.split("=") if "=" in field else (field, "true")
-    config = configuration("digits", "device=mps")
-    check(config)
-    changes: dict[str, Any] = {name: value if name == "precision" else True}
+    check(configuration("digits", "device=mps"))
     with pytest.raises(ConfigError, match=f"device=mps does not support {name}={value}: set device=cpu"):
-        check(replace(config, **changes))
+        check(configuration("digits", "device=mps", f"{name}={value}"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from moco.data.augment import augment, crop_one
 from moco.data.opening import build_views
 from moco.data.sources import Source
 from moco.data.view import draw, draw_crop
-from moco.evaluation.features import EvalTransform, extract
+from moco.evaluation.features import EvalTransform, Inference, extract
 from moco.interop.encoder_file import EncoderFile, build
 from moco.models.encoder import Encoder
 from moco.runtime.console import log
@@ -46,7 +46,7 @@ def plain_features(network: nn.Module, source: Source, file: EncoderFile, device
     """Compute the features (N, D) of the plain evaluation views of a source, in its order."""
     view = file.images
     transform = EvalTransform(view["size"], view["resize"], view["mean"], view["std"])
-    return extract(network, source, transform, device, BATCH)
+    return extract(network, source, transform, Inference(device, BATCH))
 
 
 def augmented_views(source: Source, file: EncoderFile, device: torch.device) -> list[Tensor]:
