@@ -384,6 +384,7 @@ def show(report: dict[str, Any]) -> None:
         rows.append([side, "", marks, "smallest / 5 % / median / 95 % / largest"])
     splits = [f"{count:,} {name.replace('_', '-')}" for name, count in report["splits"].items()]
     counted = f"{' + '.join(splits)} images" if len(splits) > 1 else f"{report['pictures']:,} images"
-    title = f"{counted}, {report['bytes'] / 1e9:,.3f} GB"
+    size = f"{report['bytes'] / 1e9:,.1f} GB" if report["bytes"] >= 1e9 else f"{report['bytes'] / 1e6:,.2f} MB"
+    title = f"{counted}, {size}"
     table(title, ["", "number", "example or range", "meaning"], rows, left=(0, 2, 3), alarming=alarming)
     show_labels(report["labels"])

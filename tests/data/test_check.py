@@ -110,6 +110,8 @@ def test_the_findings_are_printed_if_the_disk_becomes_full(
         checked(tmp_path / "report.json", root=str(root))
     printed = capsys.readouterr().out
     assert "PNG RGB" in printed
+    megabytes = sum(each.stat().st_size for each in root.rglob("*.png")) / 1e6
+    assert f"{megabytes:.2f} MB" in printed
     assert "written" not in printed
 
 
