@@ -135,11 +135,16 @@ def train_head(
             epochs.append((mean_loss, 100 * accuracy))
             on_epoch(f"loss {mean_loss:.3f} · training accuracy {100 * accuracy:.1f} %")
             sums.zero_()
+    _check_frozen(backbone, loaded)
+    return epochs
+
+
+def _check_frozen(backbone: nn.Module, loaded: dict[str, str]) -> None:
+    """Raise BackboneChanged unless the backbone still has these digests: the sanity check of main_lincls.py."""
     now = _digests(backbone)
     changed = sorted(name for name in now.keys() | loaded.keys() if now.get(name) != loaded.get(name))
-    if changed:  # the sanity check of main_lincls.py
+    if changed:
         raise BackboneChanged(f"the frozen backbone changed while its head was trained: {', '.join(changed[:5])}")
-    return epochs
 
 
 def loss_of(scores: Tensor, labels: Tensor) -> Tensor:
