@@ -18,7 +18,7 @@ from moco.runs.results import recorded
 
 FIRST = ("pixels", "untrained", "pretrained")  # the order of columns
 CAPTION = (
-    "±: half of Student's 95 % interval over seeds; of kNN with few labels and of few-shot episodes, the standard "
+    "±: half of Student's 95 % interval over seeds or few-shot episodes; for kNN with few labels, the standard "
     "deviation over draws."
 )
 
@@ -51,8 +51,9 @@ def parsed(words: list[str]) -> Path:
 
 def main(run: Path) -> None:
     """Print the table of a run."""
-    supervised = [
-        entry | ({"encoder": "supervised"} if entry.get("encoder") == "pretrained" else {})
+    supervised = [  # "trained_with_labels" is no news there
+        entry
+        | ({"encoder": "supervised", "trained_with_labels": False} if entry.get("encoder") == "pretrained" else {})
         for entry in recorded(run / "supervised")
     ]
     rows: dict[tuple[str, str], dict[str, str]] = {}

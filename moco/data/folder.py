@@ -228,7 +228,7 @@ def scan(
         ValueError: if a folder cannot be listed; with labels, for images outside class folders and too few classes.
     """
     folder = os.path.abspath(os.path.expanduser(root))
-    where = f"{field}={root} ({folder})"
+    where = f"{field}={root}" + f" ({folder})" * (folder != root)
     if not os.path.isdir(folder):
         state = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
         raise FileNotFoundError(f"{where} {state}: check the path")

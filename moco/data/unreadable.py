@@ -167,8 +167,10 @@ def _of_all_ranks(find: Callable[[], dict[int, str]]) -> dict[int, str]:
 def refuse_many(count: int, length: int, what: str, max_fraction: float, example: str) -> None:
     """Raise ImageError if more than `max_fraction` of a source's images are unreadable."""
     if count > max_fraction * length:
-        alternative = ", or raise data.max_bad" if count < length else ""  # data.max_bad must be below 1
+        # data.max_bad must be below 1.
+        alternative = ", or set the data.max_bad that it names" if count < length else ""
         raise ImageError(
             f"{count} of the {length:,} {what} cannot be read, more than data.max_bad={max_fraction:g} allows, "
-            f"{example}; python -m moco.check_data finds all: repair or remove them{alternative}"
+            f"{example}; python -m moco.check_data with the same fields data.* finds all: repair or remove them"
+            f"{alternative}"
         )

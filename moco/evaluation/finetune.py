@@ -264,6 +264,7 @@ def _save(task: Task[FinetuneConfig], network: nn.Sequential, folder: Path, step
         "model": of_run.get("model", {}) | {"backbone": file.backbone, "options": file.options},
         "augment": of_run.get("augment", {}) | augment,
         "data": data_with_absolute_paths(task.config, task.subject),
+        "finetuned": True,
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_encoder(folder / "encoder.safetensors", network.get_submodule("backbone"), config, step)

@@ -75,7 +75,7 @@ def refuse_or_warn(problem: str, file: EncoderFile, fix: str) -> None:
     Raises:
         ConfigError: if the encoder was trained with labels.
     """
-    if file.config.get("method", {}).get("labels", False):
+    if file.used_labels:
         raise ConfigError(f"{problem}, with their labels: {fix}")
     if is_rank_zero():
         warnings.warn(f"{problem}, without their labels: for a better estimate, {fix}", RunWarning, stacklevel=2)

@@ -107,14 +107,27 @@ def open_encoder(config: EncoderConfig) -> EncoderFile:
         if not found:
             raise ConfigError(no_checkpoint_message(run))
         try:
-            return read_encoder(found[0], config.weights)
+            file = read_encoder(found[0], config.weights)
+            if not (run / "encoder.safetensors").is_file():  # written at the end of a run
+                log(f"{run} is not finished: this is its encoder after step {file.step:,}")
+            return file
         except ValueError as error:  # no older one is used silently: a result must state its checkpoint
-            rest = f": use an older one, {override('checkpoint', found[1])}" if len(found) > 1 else ""
-            raise ConfigError(f"{error}{rest}") from error
+            older = next((each for each in found[1:] if _is_readable(each, config.weights)), None)
+            fix = f": use an older one, {override('checkpoint', older)} in place of run" if older else ""
+            raise ConfigError(f"{error}{fix or ', and the run has no readable older one'}") from error
     path = local_file(config.checkpoint, "checkpoint")
     if path.is_dir():
         raise ConfigError(folder_message(path, "checkpoint"))
     return read_encoder(path, config.weights, config.backbone, config.options or None)
+
+
+def _is_readable(file: Path, weights: str) -> bool:
+    """Return whether `read_encoder` reads a checkpoint."""
+    try:
+        read_encoder(file, weights)
+    except ValueError:
+        return False
+    return True
 
 
 def output_of(config: EncoderConfig, file: EncoderFile) -> Path:
@@ -178,6 +191,8 @@ def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Sourc
         fix = f"set {other}data.hold_out=0.2 to hold out a fifth of each class"
         raise ConfigError(f"data.name={name} has no held-out split: {fix}")
     _check_seen_images(config, subject, held_out)
+    if subject.file.used_labels:
+        log(f"{subject.file.source} was trained with labels: do not compare it with encoders trained without labels")
     if (rows := readable_rows(config, bank, "training")) is not None:
         bank = bank.subset(rows)
     if (rows := readable_rows(config, held_out, "held-out")) is not None:

@@ -322,6 +322,7 @@ def describe_encoder(file: EncoderFile, features: str = "backbone") -> dict[str,
     source = str(Path(file.source).expanduser().absolute())
     known = {name: getattr(file, name) for name in ("layout", "backbone", "options", "channels", "step")}
     known |= {"source": source, "sha256": weights_digest(file, features)}
+    known |= {"trained_with_labels": True} if file.used_labels else {}
     if features == "projection":
         known["backbone_sha256"] = weights_digest(file, "backbone")
         known["projection"] = [list(each.shape) for each in file.head_weights.values()]  # identifies an untrained head

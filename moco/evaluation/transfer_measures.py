@@ -160,7 +160,7 @@ def _few_shot(name: str, splits: Splits, config: TransferConfig) -> Measure:
             with progress_bar(f"{encoder.title}: episodes") as progress:
                 found = episode_accuracies(x, labels, episodes, progress)
         mean, half = mean_interval(found)
-        figures = {"top1": mean, "std": float(np.std(found)), "draws": len(found), "count": len(labels)}
+        figures = {"top1": mean, "top1_half_width95": half, "episodes": len(found), "count": len(labels)}
         return {"value": mean, "half_width95": half, "figures": figures}
 
     return measure

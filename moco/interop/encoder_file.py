@@ -70,6 +70,11 @@ class EncoderFile:
         return int(self.config.get("seed", 0))
 
     @property
+    def used_labels(self) -> bool:
+        """Whether the encoder was trained with labels, as far as the file tells."""
+        return bool(self.config.get("finetuned") or self.config.get("method", {}).get("labels"))
+
+    @property
     def trained(self) -> str:
         """How long the encoder was trained, as ", step 300" or ", epoch 200", to append to its name; "" if unknown."""
         return f", step {self.step}" if self.step else f", epoch {self.epoch}" * bool(self.epoch)
@@ -98,9 +103,7 @@ def read_encoder(
         raise FileNotFoundError(f"checkpoint={path} does not exist")
     if path.suffix == ".safetensors":
         if weights != "encoder":
-            raise ForeignFileError(
-                f"{path} is a .safetensors file, of which only the encoder is read: set weights=encoder"
-            )
+            raise ForeignFileError(f"{path} is a .safetensors file, which holds one encoder: set weights=encoder")
         return _safetensors(path, backbone, options)
     state = _load(path)
     if "method" in state and "config" in state:
@@ -294,9 +297,7 @@ def _foreign(
 ) -> EncoderFile:
     tensors = flat(state)
     if not tensors:
-        raise ForeignFileError(
-            f"{path} holds no weights: its keys are {_some(state)}; name the state dict of a network"
-        )
+        raise ForeignFileError(f"{path} holds no weights (keys: {_some(state)}): name the state dict of a network")
     found = list(parts(tensors, weights != "encoder"))
     if not found:
         raise ForeignFileError(f"{path} {_NO_MOMENTUM_ENCODER}")

@@ -249,14 +249,14 @@ FORMATS: dict[str, Format] = {
         torchvision_name,
         _write_state,
         lambda path, file: _torchvision(file, _load(path), path),
-        "torchvision.models.NETWORK().load_state_dict(torch.load('FILE'), strict=False), with a new fc",
+        "network = torchvision.models.NETWORK(); network.load_state_dict(torch.load('FILE'), strict=False)  # new fc",
     ),
     "timm": Format(
         f"timm's models, {_RESNETS_AS_PUBLISHED}, and vit_small and vit_base",
         _timm_call,
         _write_state,
         lambda path, file: _timm(file, _load(path), path),
-        "NETWORK.load_state_dict(timm.models.load_state_dict('FILE'))",
+        "network = NETWORK; network.load_state_dict(timm.models.load_state_dict('FILE'))",
     ),
     "detectron2": Format(
         _RESNETS_AS_PUBLISHED,
@@ -271,7 +271,7 @@ FORMATS: dict[str, Format] = {
         _deit_call,
         lambda path, file, backbone: _save(path, {"model": _state(backbone)}),
         lambda path, file: _timm(file, _load(path)["model"], path),
-        "NETWORK.load_state_dict(torch.load('FILE')['model'])",
+        "network = NETWORK; network.load_state_dict(torch.load('FILE')['model'])",
     ),
     "moco_v2": Format(
         _RESNETS_AS_PUBLISHED,

@@ -91,7 +91,7 @@ _KNOWN = {
     "analysis/top_share": _Known("Gradient share of the 10 hardest negatives", "%", 100.0),
     "analysis/same_label_share": _Known("Negatives of the query's class", "%", 100.0),
     "analysis/likely_false_share": _Known("Negatives that are likely false (cosine above 0.9)", "%", 100.0),
-    "analysis/own_key_share": _Known("Queue keys of the query's own image", "%", 100.0),
+    "analysis/own_key_share": _Known("Queue keys of the query's own image (0 at the end of an epoch)", "%", 100.0),
     "analysis/duplicate_share": _Known("Queries whose positive key is also a negative", "%", 100.0),
     "analysis/key_age": _Known("Mean age of queue keys", "steps"),
     "analysis/key_drift": _Known("Change of queue keys since they were computed (0: none)"),

@@ -90,7 +90,8 @@ class Run:
         return next_commands(str(self.path), *data, self.labeled, on_bad_image, self.given, step)
 
 
-_LABELED = {"digits", "cifar10", "cifar100", "stl10", "imagenet"}  # data sets with labels and held-out images
+_IN_MEMORY = {"digits", "cifar10", "cifar100", "stl10"}  # data sets whose images are always in memory
+_LABELED = _IN_MEMORY | {"imagenet"}  # data sets with labels and held-out images
 
 
 def open_run(path: Path, field: str = "run") -> Run:
@@ -153,6 +154,7 @@ def findings(run: Run) -> list[Alarm]:
     more["shuffled_keys"] = run.get("model.shuffle_keys", False) and run.get("model.bn") == "grouped"
     more["batch_parts"] = run.get("accumulate", 1)  # without the processes: their number can change when a run resumes
     more["bn_group"] = run.get("model.bn_group_size", 1) if run.get("model.bn") == "grouped" else 1
+    more["in_memory"] = run.get("data.resident", False) or run.get("data.name") in _IN_MEMORY
     if run.images is None and not math.isnan(run.total_steps):
         more["total_steps"] = run.total_steps
     facts = facts_of(run.method, run.images or 2**62, batch_size, epochs, **more)

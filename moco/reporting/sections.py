@@ -139,6 +139,7 @@ def differences(runs: Sequence[Run]) -> Markup:
         name: ["empty" if each.get(name) == "" else str(each.get(name, "–")) for each in flat]
         for name in sorted(set().union(*flat) - _IGNORED)
     }
+    values |= {"precision, as computed": [str(run.state.get("precision") or "–") for run in runs]}
     rows = [(name, own) for name, own in values.items() if len(set(own)) > 1]
     if not rows:
         return part("paragraph", "None: the runs have the same settings.")
@@ -243,7 +244,7 @@ def _details(entry: Mapping[str, Any]) -> str:
     images = results.get("count") or entry.get("data", {}).get("held_out", "?")
     made = str(entry.get("time", "?"))[:16].replace("T", " ")
     main = _main_metric(results)
-    shown = {main, f"{main}_half_width95", "top5", "count", "std", "draws"}
+    shown = {main, f"{main}_half_width95", "top5", "count", "std", "draws", "episodes"}
     others = [(name, value) for name, value in results.items() if name not in shown and isinstance(value, int | float)]
     metrics = ", ".join(filter(None, [chosen_neighbors(entry), *(f"{name} {value:.4g}" for name, value in others)]))
     return f"{images} images, step {entry.get('step', '?')}, {made}" + (f"; {metrics}" if metrics else "")
@@ -258,7 +259,8 @@ def _spread(results: Mapping[str, Any]) -> str:
     """Describe the uncertainty of the main metric."""
     half = results.get(f"{_main_metric(results)}_half_width95")
     if half is not None:
-        return f"± {half:.1f} (95 % over seeds)"
+        over = f"{results['episodes']:,} episodes" if "episodes" in results else "seeds"
+        return f"± {half:.1f} (95 % over {over})"
     if results.get("std") is not None:
         return f"± {results['std']:.1f} over {results.get('draws', '?')} draws"
     interval = results.get("interval95")

@@ -194,9 +194,16 @@ def find_outliers(config: SearchConfig, index: Embedding, device: torch.device) 
         heading = f"{len(shown)} of {len(order):,} images, the most dissimilar first"
         yield Section(heading, [_tile(images, row, f"{scores[row]:.3f}") for row in shown])
 
-    summary = [("most dissimilar", f"{images.name(first)}: {scores[first]:.3f}"), ("median", f"{median:.3f}")]
+    summary = [("most dissimilar", f"{images.name(first)}: {scores[first]:.3f}")]
     title = f"Outliers (mean cosine similarity to the {k} nearest neighbors)"
-    return Result(title, "outliers", entries, sections(), summary, f"Median similarity {median:.3f}.")
+    return Result(
+        title,
+        "outliers",
+        entries,
+        sections(),
+        summary,
+        f"The median similarity is {median:.3f}; an outlier is far below it.",
+    )
 
 
 def _by_threshold(config: SearchConfig, images: ImageSet, device: torch.device) -> str:

@@ -39,7 +39,7 @@ EXCLUDED = frozenset(
 ENCODER = frozenset(
     [
         *("encoder", "weights", "sha256", "projection_sha256", "projection", "backbone", "options", "channels"),
-        *("initial_seed", "look"),
+        *("initial_seed", "look", "trained_with_labels"),
     ]
 )
 # The fields that an entry may lack, because an earlier version wrote it, or its command does not use that part of the
@@ -47,13 +47,16 @@ ENCODER = frozenset(
 _OPTIONAL = frozenset(
     [
         *("weights", "channels", "initial_seed", "projection", "projection_sha256", "data.sha256"),
+        "trained_with_labels",
         *("look.size", "look.resize", "look.mean", "look.std"),
         *("settings.kind", "settings.seed", "settings.mean", "settings.std", "settings.precision"),
     ]
 )
 _SECTIONS = ("data", "settings", "choice", "look")  # their fields have dotted names
 # Fields that are part of no key of the baselines "untrained" and "pixels".
-_NOT_OF_UNTRAINED = frozenset(["weights", "sha256", "projection_sha256"])  # they describe the pretrained encoder
+_NOT_OF_UNTRAINED = frozenset(
+    ["weights", "sha256", "projection_sha256", "trained_with_labels"]
+)  # they describe the pretrained encoder
 _NOT_OF_PIXELS = (ENCODER - {"encoder", "look"}) | {"look.mean", "look.std"}
 # The text of some fields in a name; the text of all other fields is NAME=VALUE. To tell names apart, the texts of the
 # fields in `_WORDS` are appended first, in this order.
@@ -198,6 +201,7 @@ def _column_titles(entries: Sequence[Mapping[str, Any]], keys: Sequence[Key]) ->
     titles = [[str(entry.get("encoder", "?"))] for entry in entries]
     for title, each in zip(titles, fields, strict=True):
         title[0] += f", {each['weights']}" if each.get("weights", "encoder") != "encoder" else ""
+        title[0] += ", trained with labels" * bool(each.get("trained_with_labels"))
     for detail in (_run_of, lambda entry: f", step {entry.get('step', '?')}"):
         _tell_apart(titles, 0, ["" if each.get("encoder") in BASELINES else detail(each) for each in entries])
     for name in _in_order(fields):

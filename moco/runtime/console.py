@@ -58,7 +58,7 @@ class Display:
     def __init__(self, total_steps: int, steps_per_epoch: int, start: int) -> None:
         self.console = Terminal()
         self._total, self._steps_per_epoch, self._start = total_steps, steps_per_epoch, start
-        self._began = self._last_line = time.monotonic()
+        self._last_line = self._first_step = time.monotonic()  # _first_step: the end of the first step
         name, share, left = map(TextColumn, ("[bold]{task.description}", "{task.percentage:3.0f} %", "left"))
         columns = (name, BarColumn(bar_width=None), share, MofNCompleteColumn(), left, TimeRemainingColumn())
         self._progress = Progress(*columns, console=self.console, expand=True)
@@ -77,6 +77,8 @@ class Display:
             self._live = Live(Group(self._progress, self._status), console=self.console, refresh_per_second=8)
             self._live.start()
             _LIVE.append(self.console)
+        if step == self._start + 1:
+            self._first_step = time.monotonic()
         epochs = self._total // self._steps_per_epoch
         epoch = min((step - 1) // self._steps_per_epoch + 1, epochs)
         self._progress.update(self._task, completed=step, description=f"epoch {epoch}/{epochs}")
@@ -87,9 +89,11 @@ class Display:
         # Without a terminal, print a line at most every ten seconds.
         if self._live is None and (time.monotonic() - self._last_line > 10 or step == self._total):
             self._last_line = time.monotonic()
-            rate = (self._last_line - self._began) / max(1, step - self._start)
-            left = duration(rate * (self._total - step))
-            self.log(f"epoch {epoch}/{epochs} step {step}/{self._total} · {line} · left {left}")
+            # The first step is left out: it contains the start of the loader processes.
+            steps = step - self._start - 1
+            seconds = (self._last_line - self._first_step) / max(1, steps) * (self._total - step)
+            left = f" · left {duration(seconds)}" if steps else ""
+            self.log(f"epoch {epoch}/{epochs} step {step}/{self._total} · {line}{left}")
 
     def close(self) -> None:
         """Stop the live display. Its last state stays on the terminal."""

@@ -67,10 +67,10 @@ def make_method(config: TrainConfig, labels: Labels | None, device: torch.device
     return method
 
 
-def doctor_facts(config: TrainConfig, plan: Plan) -> Facts:
-    """Return the settings that the training doctor needs."""
+def doctor_facts(config: TrainConfig, plan: Plan, in_memory: bool) -> Facts:
+    """Return the settings that the training doctor needs. `in_memory`: whether the training images are in memory."""
     settings: dict[str, Any] = {"lr": config.optim.lr, "starts_trained": config.starts_trained}
-    settings |= {"source": config.data.name, "total_steps": plan.total_steps}
+    settings |= {"source": config.data.name, "in_memory": in_memory, "total_steps": plan.total_steps}
     settings["shuffled_keys"] = config.model.shuffle_keys and config.model.bn == "grouped"
     settings["batch_parts"] = world_size() * config.accumulate
     settings["bn_group"] = config.model.bn_group_size if config.model.bn == "grouped" else 1

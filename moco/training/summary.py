@@ -49,7 +49,7 @@ def announce(trainer: "Trainer") -> None:
             log(f"an epoch draws {' + '.join(parts)} = {plan.samples_per_epoch:,} samples (data.weights)")
     negatives = f"queue {method.queue.size}" if method.queue is not None else "no queue"
     log(
-        f"epochs {plan.epochs}, {plan.steps_per_epoch} steps each · batch {config.batch_size} · {negatives} · "
+        f"epochs {plan.epochs}, steps per epoch {plan.steps_per_epoch} · batch {config.batch_size} · {negatives} · "
         f"temperature {config.method.temperature} · lr {trainer.peak_lr:.3g} · {trainer.precision} "
         f"({trainer.precision_reason}) · into {config.run}"
     )
@@ -119,7 +119,8 @@ def summarize(trainer: "Trainer") -> None:
     if speed := trainer.throughput.summary():
         rows.append(("speed", speed))
     if skipped := trainer.guard.skipped:
-        rows.append(("skipped", f"{skipped} steps with a non-finite loss or gradient, see {config.run}/nonfinite/"))
+        steps = f"{skipped} step{'s' * (skipped > 1)} with a non-finite loss or gradient"
+        rows.append(("skipped", f"{steps}, see {config.run}/nonfinite/"))
     if (unreadable := trainer.unreadable) is not None:
         replaced = f"{len(unreadable.found):,}, replaced by other images and listed in {unreadable.file}"
         rows.append(("unreadable images", replaced if unreadable.found else "none"))

@@ -116,7 +116,7 @@ class Trainer:
         self.throughput = Throughput(config, self.method, device, self.precision, self.display.log, unfinished)
         logs_metrics = is_rank_zero() and unfinished
         self.metrics_log = MetricsLogger(self.path, self.start, config.logger) if logs_metrics else None
-        facts = build.doctor_facts(config, self.plan)
+        facts = build.doctor_facts(config, self.plan, self.sources.train.images is not None)
         self.doctor = Doctor(facts, self.path / "metrics.jsonl", self.display.log) if self.metrics_log else None
         self.saver = checkpoint.Saver(self.path / "checkpoints", config.checkpoint.keep_last)
         self.commit = commit() if is_rank_zero() else None

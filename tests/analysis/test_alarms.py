@@ -7,6 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -32,8 +33,11 @@ from moco.analysis.doctor.settings import (
     momentum_too_high,
     momentum_too_low,
     queue_against_dataset,
+    share_meeting_own_keys,
     stale_queue,
 )
+from moco.analysis.staleness import own_key_share
+from moco.builder import KeyQueue
 from moco.losses import info_nce
 from tests.losses.loops import unit
 
@@ -147,9 +151,7 @@ def test_a_momentum_that_cannot_leave_its_initial_weights() -> None:
     few_steps = momentum_too_high({}, short._replace(total_steps=84, epochs=12))  # 0.99 alone is not enough
     assert few_steps is not None
     assert (
-        few_steps.remedy
-        == "method.momentum=0.99 with epochs=99 (without a longer run, 43 % of the initial weights would be left), or "
-        "epochs=987"
+        few_steps.remedy == "a longer run with a lower momentum, epochs=99 method.momentum=0.99, or a run of epochs=987"
     )
     assert momentum_too_high({}, short._replace(total_steps=7000)) is None
     assert momentum_too_high({}, short._replace(momentum=None)) is None
@@ -255,6 +257,24 @@ def test_the_queue_against_the_data_set(size: int, masked: bool, found: bool) ->
     if alarm is not None:
         assert ("mask_own_keys" in alarm.remedy) == (not masked)
         assert "queue_size=384" in alarm.remedy  # a quarter, in steps of 128 keys
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "size"), [(150, 26, 78), (150, 26, 130), (60, 16, 112), (64, 16, 64), (30, 30, 60)]
+)
+def test_the_share_of_queries_that_meet_a_key_of_their_own_image(images: int, batch: int, size: int) -> None:
+    queue, met = KeyQueue(size, 1), []
+    for epoch in range(200):
+        order = torch.randperm(images, generator=torch.Generator().manual_seed(epoch))
+        for index in order[: images // batch * batch].split(batch):
+            if epoch > 2:
+                met.append((own_key_share(queue.index, index) > 0).float().mean().item())
+            queue.enqueue(torch.ones(len(index), 1), index)
+    found = share_meeting_own_keys(Facts(0.2, 0.99, size, images, batch))
+    assert found == pytest.approx(fmean(met), abs=0.02)
+    assert found == pytest.approx(
+        share_meeting_own_keys(Facts(0.2, 0.99, 2 * size, images, 2 * batch, keys_per_image=2))
+    )
 
 
 def test_the_advice_on_a_queue_is_never_the_queue_in_use() -> None:
@@ -390,3 +410,6 @@ def test_a_device_that_waits() -> None:
     packed = data_starvation(healthy(**{"speed/data_wait": [0.6] * 9}), FACTS._replace(source="shards"))
     assert packed is not None
     assert "moco.pack" not in packed.remedy
+    in_memory = data_starvation(healthy(**{"speed/data_wait": [0.6] * 9}), FACTS._replace(in_memory=True))
+    assert in_memory is not None
+    assert "workers" not in in_memory.remedy  # there are no loader processes

@@ -345,3 +345,18 @@ def test_an_unreadable_image_is_named(run: Path, tree: Path, tmp_path: Path) -> 
     config = on_folders(run, tree / "train", tmp_path / "test", k=[1], output=str(tmp_path))
     refused(config, r"dog/1\.png", ImageError)
     assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize("supervised", [False, True])
+def test_an_unfinished_run_and_a_training_with_labels_are_named(
+    supervised: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained(tmp_path / "run", supervised=supervised)
+    evaluate_knn(configured(run, k=[1], temperature=[0.1]))
+    printed = capsys.readouterr().out
+    assert "is not finished: this is its encoder after step 7" in printed
+    assert ("was trained with labels" in printed) == supervised
+    assert entries(run)[0].get("trained_with_labels", False) == supervised
+    shutil.copy(next((run / "checkpoints").iterdir()), run / "encoder.safetensors")  # only its presence counts
+    evaluate_knn(configured(run, k=[1], temperature=[0.1]))
+    assert "is not finished" not in capsys.readouterr().out

@@ -173,7 +173,9 @@ def test_a_damaged_newest_checkpoint_names_the_previous_one(tmp_path: Path) -> N
     run = trained(trained(tmp_path / "run", step=5), step=9)
     newest, before = checkpoint.list_checkpoints(run / "checkpoints")
     newest.write_bytes(newest.read_bytes()[:-50])
-    assert f"use an older one, checkpoint={before}" in sentence(SubjectConfig(run=str(run)))
+    assert f"use an older one, checkpoint={before} in place of run" in sentence(SubjectConfig(run=str(run)))
+    before.write_bytes(before.read_bytes()[:-50])
+    assert sentence(SubjectConfig(run=str(run))).endswith("the run has no readable older one")
 
 
 def test_a_crop_larger_than_the_image_is_refused(tmp_path: Path) -> None:

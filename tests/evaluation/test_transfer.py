@@ -181,7 +181,8 @@ def test_few_shots_give_a_mean_and_its_interval(tmp_path: Path) -> None:
     settings = config(tmp_path, ["data"], mode="few_shot", episodes=30, encoders=["pretrained", "untrained"])
     ((result,), printed) = run(settings)
     one = result.encoders["pretrained"]
-    assert one["half_width95"] == pytest.approx(2.045 * one["figures"]["std"] / np.sqrt(29), rel=1e-3)
+    assert one["half_width95"] == one["figures"]["top1_half_width95"] > 0
+    assert one["figures"]["episodes"] == 30
     assert "5-way 5-shot" in printed
     assert (tmp_path / "transfer" / "few_shot_data.json").is_file()
 

@@ -299,7 +299,7 @@ def test_truncated_and_empty_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
         read_encoder(path)
     torch.save({"epoch": 3}, tmp_path / "y.pth")
-    with pytest.raises(ForeignFileError, match="holds no weights: its keys are epoch"):
+    with pytest.raises(ForeignFileError, match=r"holds no weights .keys: epoch"):
         read_encoder(tmp_path / "y.pth")
     with pytest.raises(FileNotFoundError, match=r"z\.pth does not exist"):
         read_encoder(tmp_path / "z.pth")

@@ -285,3 +285,10 @@ def test_a_baseline_of_the_supervised_network_is_not_shown_as_supervised(
         "| top-1 % | untrained | pretrained | supervised |",
         "| knn, all labels | 1.0 | 28.5 | 9.0 |",
     )
+
+
+def test_an_encoder_that_was_trained_with_labels_is_named_so() -> None:
+    found = names(ENTRY, ENTRY | {"sha256": "b" * 64, "trained_with_labels": True}, ENTRY | {"encoder": "untrained"})
+    assert [encoder for _, _, encoder in found] == ["pretrained", "pretrained, trained with labels", "untrained"]
+    baselines = [ENTRY | {"encoder": "untrained", "trained_with_labels": value} for value in (True, False)]
+    assert {encoder for _, _, encoder in names(*baselines)} == {"untrained"}

@@ -30,7 +30,7 @@ def test_an_interrupted_run_resumes_bit_for_bit_with_the_same_weights(
     folder(tmp_path / "b", good=6, unreadable=False)
     pretrain(weighted(tmp_path, "full"))
     text = capsys.readouterr().out
-    assert "epochs 3, 2 steps each" in text
+    assert "epochs 3, steps per epoch 2" in text
     assert "an epoch draws 5 of 10 images + 12 of 6 images = 17 samples (data.weights)" in text
     made = weighted(tmp_path, "cut")
     made.stop_after = 1e-6

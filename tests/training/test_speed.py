@@ -101,7 +101,7 @@ def test_a_non_finite_step_is_skipped_and_counted(
     pretrain(config(tmp_path / "run", skip_nonfinite=1))
     output = capsys.readouterr().out
     assert "step 3 had loss nan" in output
-    assert "1 steps with a non-finite loss or gradient" in output
+    assert "1 step with a non-finite loss or gradient" in output
     assert [each["step"] for each in records(tmp_path / "run")] == [1, 2, *range(4, 11)]  # it has no record
     end = state(tmp_path / "run")
     assert (end["step"], end["skipped"]) == (10, 1)

@@ -302,7 +302,9 @@ def data_starvation(series: Series, facts: Facts) -> Alarm | None:
     if len(waits) < LATEST or not (waiting := median(waits)) > MAX_WAITING:
         return None
     remedy = "more data.workers (at most one per processor core)"
-    if facts.source in ("folder", "imagenet", "video"):
+    if facts.in_memory:  # no loader process is involved
+        remedy = "cheaper augmentation (fields of augment), or stop other programs on this machine"
+    elif facts.source in ("folder", "imagenet", "video"):
         smaller = "frames in shards" if facts.source == "video" else "smaller images"
         remedy += f", or {smaller}: python -m moco.pack writes them with a chosen short_side"
     return Alarm("data starvation", f"{100 * waiting:.0f} % of the time is spent waiting for batches", remedy)

@@ -33,6 +33,7 @@ class Facts(NamedTuple):
     starts_trained: bool = False  # from published weights, or those of another run
     shuffled_keys: bool = False  # no key is normalized in the BN group of its query
     source: str = ""  # data.name
+    in_memory: bool = False  # the images are in memory, so there are no loader processes
     keys_per_image: int = 1  # views of an image that serve as keys in one step
     batch_parts: int = 1  # processes times accumulate, which divide the batch
     bn_group: int = 1  # model.bn_group_size with model.bn=grouped, else 1

@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 from moco.analysis.doctor.series import Alarm, Facts, Series
 from moco.config.recommended import FEW_IMAGES, INITIAL_SHARE, momentum_for, queue_advice
 
@@ -46,7 +48,7 @@ def momentum_too_high(series: Series, facts: Facts) -> Alarm | None:
         "momentum too high",
         f"at momentum {facts.momentum:g}, {100 * left:.0f} % of the momentum encoder's initial weights are left "
         f"after all {facts.total_steps:.0f} steps",
-        f"{_momentum_remedy(facts)}, or {_length_for(facts.momentum, facts)}",
+        f"{_momentum_remedy(facts)}, or a run of {_length_for(facts.momentum, facts)}",
     )
 
 
@@ -56,8 +58,7 @@ def _momentum_remedy(facts: Facts) -> str:
     left = better**facts.total_steps
     if left <= MAX_KEPT_BY_REMEDY:
         return f"method.momentum={better:g}"
-    alone = f"without a longer run, {100 * left:.0f} % of the initial weights would be left"
-    return f"method.momentum={better:g} with {_length_for(better, facts)} ({alone})"
+    return f"a longer run with a lower momentum, {_length_for(better, facts)} method.momentum={better:g}"
 
 
 def _length_for(momentum: float, facts: Facts) -> str:
@@ -107,12 +108,26 @@ def queue_against_dataset(series: Series, facts: Facts) -> Alarm | None:
     if facts.mask_own_keys:
         evidence += "it holds several keys of an image, and the older ones add no new image"
     else:
-        # If an image has position a in one epoch of M images and b in the next, its earlier key is then M - a + b keys
-        # old. Each epoch has a new order, so a and b are uniform in 0 ... M.
-        meets_itself = ratio**2 / 2 if ratio <= 1 else 1 - max(0.0, 2 - ratio) ** 2 / 2
-        evidence += f"about {100 * meets_itself:.0f} % of the queries meet a key of their own image as a negative"
+        meeting = 100 * share_meeting_own_keys(facts)
+        evidence += f"about {meeting:.0f} % of the queries meet a key of their own image as a negative"
         remedy = f"method.mask_own_keys=true, {remedy}"
     return Alarm("queue too long for the data set", evidence, remedy)
+
+
+def share_meeting_own_keys(facts: Facts) -> float:
+    """Return the share of queries whose image has a key in the queue, averaged over an epoch.
+
+    The keys of the same epoch show other images. Each epoch has a new order, so a batch of an earlier epoch shows the
+    query's image with the probability batch / images.
+    """
+    batch = facts.keys_per_step // facts.keys_per_image
+    steps = max(1, facts.dataset_size // batch)  # of an epoch; the images that do not fill a batch are left out
+    absent = np.ones(steps)  # at each step, the probability that the queue does not hold the query's image
+    older = facts.queue_size / facts.keys_per_step - np.arange(steps)  # batches in the queue from earlier epochs
+    while older.max() > 0:
+        absent *= 1 - older.clip(0, steps) * batch / max(batch, facts.dataset_size)
+        older -= steps
+    return float(1 - absent.mean())
 
 
 # The momentum encoder has a time constant of 1 / (1 - m) steps: after 3 of them, an earlier momentum encoder has a
