@@ -23,8 +23,8 @@ Schema = TypeVar("Schema")
 
 # What to do about an unreadable image, by command; other commands need every image.
 _IMAGE_ADVICE = {
-    "train": "python -m moco.check_data with the same fields data.* lists all such images, and names the fields to set "
-    "to replace them by other images",
+    "train": "python -m moco.check_data with the same fields data.* lists all such images; to replace them by other "
+    "images, set data.on_bad_image=replace and the data.max_bad that it names",
     **dict.fromkeys(
         ("embed", "search", "knn", "linear", "finetune", "transfer"), "to leave out such images, set on_bad_image=skip"
     ),

@@ -7,7 +7,6 @@ import json
 import math
 import re
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import pytest
@@ -33,11 +32,8 @@ from moco.analysis.doctor.settings import (
     momentum_too_high,
     momentum_too_low,
     queue_against_dataset,
-    share_meeting_own_keys,
     stale_queue,
 )
-from moco.analysis.staleness import own_key_share
-from moco.builder import KeyQueue
 from moco.losses import info_nce
 from tests.losses.loops import unit
 
@@ -257,24 +253,6 @@ def test_the_queue_against_the_data_set(size: int, masked: bool, found: bool) ->
     if alarm is not None:
         assert ("mask_own_keys" in alarm.remedy) == (not masked)
         assert "queue_size=384" in alarm.remedy  # a quarter, in steps of 128 keys
-
-
-@pytest.mark.parametrize(
-    ("images", "batch", "size"), [(150, 26, 78), (150, 26, 130), (60, 16, 112), (64, 16, 64), (30, 30, 60)]
-)
-def test_the_share_of_queries_that_meet_a_key_of_their_own_image(images: int, batch: int, size: int) -> None:
-    queue, met = KeyQueue(size, 1), []
-    for epoch in range(200):
-        order = torch.randperm(images, generator=torch.Generator().manual_seed(epoch))
-        for index in order[: images // batch * batch].split(batch):
-            if epoch > 2:
-                met.append((own_key_share(queue.index, index) > 0).float().mean().item())
-            queue.enqueue(torch.ones(len(index), 1), index)
-    found = share_meeting_own_keys(Facts(0.2, 0.99, size, images, batch))
-    assert found == pytest.approx(fmean(met), abs=0.02)
-    assert found == pytest.approx(
-        share_meeting_own_keys(Facts(0.2, 0.99, 2 * size, images, 2 * batch, keys_per_image=2))
-    )
 
 
 def test_the_advice_on_a_queue_is_never_the_queue_in_use() -> None:

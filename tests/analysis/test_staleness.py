@@ -17,6 +17,8 @@ from moco.analysis import (
     similar_share,
     staleness,
 )
+from moco.analysis.doctor import Facts
+from moco.analysis.doctor.settings import share_meeting_own_keys
 from moco.builder import UNKNOWN, KeyQueue
 from tests.losses.loops import coins, mean, unit
 
@@ -74,6 +76,24 @@ def test_the_probability_of_an_own_key_is_that_of_the_docstring() -> None:
         share = size / images
         expected = share**2 / 2 if share <= 1 else 1 - (2 - share) ** 2 / 2
         assert mean(met) == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "size"), [(150, 26, 78), (150, 26, 130), (60, 16, 112), (64, 16, 64), (30, 30, 60)]
+)
+def test_the_share_of_queries_that_meet_a_key_of_their_own_image(images: int, batch: int, size: int) -> None:
+    queue, met = KeyQueue(size, 1), []
+    for epoch in range(200):
+        order = torch.randperm(images, generator=torch.Generator().manual_seed(epoch))
+        for index in order[: images // batch * batch].split(batch):
+            if epoch > 2:
+                met.append((own_key_share(queue.index, index) > 0).float().mean().item())
+            queue.enqueue(torch.ones(len(index), 1), index)
+    found = share_meeting_own_keys(Facts(0.2, 0.99, size, images, batch))
+    assert found == pytest.approx(mean(met), abs=0.02)
+    assert found == pytest.approx(
+        share_meeting_own_keys(Facts(0.2, 0.99, 2 * size, images, 2 * batch, keys_per_image=2))
+    )
 
 
 @pytest.mark.parametrize("at_once", [1, 25, 2**22])

@@ -153,7 +153,7 @@ def test_an_invalid_eval_root_is_refused(tmp_path: Path) -> None:
 
 
 def test_folders_without_images(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"data\.root=\S*gone \(\S*gone\) does not exist: check the path"):
+    with pytest.raises(FileNotFoundError, match=r"data\.root=\S*gone does not exist: check the path"):
         load_source(DataConfig("folder", str(tmp_path / "gone")))
     with pytest.raises(FileNotFoundError, match=r"found nothing; images are files that end in \.jpg \.jpeg"):
         load_source(DataConfig("folder", str(tmp_path)))
@@ -226,5 +226,5 @@ def test_an_incomplete_imagenet_is_refused(tmp_path: Path) -> None:
     write_image(tmp_path / "train/n01/1.JPEG")
     write_image(tmp_path / "train/n02/1.JPEG")
     write_image(tmp_path / "val/ILSVRC2012_val_00000001.JPEG")  # the validation archive contains no class folders
-    with pytest.raises(ValueError, match=r"val \(.*1 images outside class folders \(ILSVRC2012_val_00000001\.JPEG\)"):
+    with pytest.raises(ValueError, match=r"val has 1 images outside class folders \(ILSVRC2012_val_00000001\.JPEG\)"):
         load_source(DataConfig("imagenet", str(tmp_path)))
