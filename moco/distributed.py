@@ -87,8 +87,9 @@ def process_group(device: torch.device, timeout_minutes: float = 10.0) -> Iterat
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not _PEER_LOST.search(str(error)):
             raise
-        problem = f"another process of this run exited or is not responding ({str(error).splitlines()[0]:.200})"
-        raise PeerLost(f"{problem}: see its error message") from error
+        problem = f"another process of this run exited or is not responding ({_shortened(str(error).splitlines()[0])})"
+        fix = "see its error message; without one, it was killed; run the same command again to resume"
+        raise PeerLost(f"{problem}: {fix}") from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -99,6 +100,11 @@ def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)  # not queued: on MPS, the host's memory could be freed before the copy
+
+
+def _shortened(text: str) -> str:
+    """Return at most 200 characters of a text, and an ellipsis if it is longer."""
+    return text if len(text) <= 200 else f"{text[:200].rpartition(' ')[0]} ..."
 
 
 @torch.no_grad()

@@ -22,11 +22,11 @@ set -euo pipefail
 node_rank=${NODE_RANK:-${RANK:-${SLURM_NODEID:-}}}
 master=${MASTER_ADDR:-${MASTER:-}}
 lacking=""
-[[ $master ]] || lacking="MASTER_ADDR is not set: set it to the name or address of machine 0"
-[[ $node_rank =~ ^[0-9]+$ ]] || lacking="NODE_RANK=$node_rank: set it to the number of this machine, from 0"
-[[ ${NODES:-} =~ ^[1-9][0-9]*$ ]] || lacking="NODES=${NODES:-}: set it to the number of machines"
+[[ $master ]] || lacking+="MASTER_ADDR is not set: set it to the name or address of machine 0"$'\n'
+[[ $node_rank =~ ^[0-9]+$ ]] || lacking+="NODE_RANK=$node_rank: set it to the number of this machine, from 0"$'\n'
+[[ ${NODES:-} =~ ^[1-9][0-9]*$ ]] || lacking+="NODES=${NODES:-}: set it to the number of machines"$'\n'
 if [[ $lacking ]]; then
-    echo "$lacking" >&2
+    printf '%s' "$lacking" >&2
     exit 2
 fi
 gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}

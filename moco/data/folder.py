@@ -199,6 +199,9 @@ def open_imagenet(config: DataConfig, keep_unlistable: bool = False) -> Sources:
     return labeled(train, val, f"data.root={parts[1]}")
 
 
+_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}  # names of folders of splits
+
+
 def scan(
     field: str,
     root: str,
@@ -257,8 +260,17 @@ def scan(
         )
     if len(classes) < min_classes:
         raise ValueError(f"{where} has one class folder only ({classes[0]}): add at least one more")
+    _warn_of_splits(where, classes)
     indices, classes = read_labels(owners, where, "set data.labels=none", min_classes=min_classes)
     return FolderSource(folder, encoded_paths, indices, classes, **left_out)
+
+
+def _warn_of_splits(where: str, classes: Sequence[str]) -> None:
+    """Warn of class folders that have the names of splits."""
+    if {name.lower() for name in classes} <= _SPLITS and is_rank_zero():
+        problem = f"{where}: its folders {', '.join(classes)} are used as classes, but their names are those of splits"
+        fix = "for splits, set data.root to the folder of training images, and data.eval_root to that of held-out ones"
+        warnings.warn(f"{problem}: {fix}", RunWarning, stacklevel=2)
 
 
 def _what_is_there(tree: Tree, endings: tuple[str, ...]) -> str:

@@ -33,7 +33,7 @@ from moco.data.sources import refuse_output_inside
 from moco.data.unreadable import refuse_many
 from moco.data.workers import in_order
 from moco.files import write_csv, write_errors, write_json
-from moco.runtime.console import duration, log_next, progress_bar, summary_panel
+from moco.runtime.console import duration, log, log_next, progress_bar, summary_panel
 from moco.runtime.next_command import command, free_run, given_fields, stats_command
 from moco.runtime.output_directory import lock_directory
 from moco.runtime.preemption import keeping
@@ -116,6 +116,8 @@ class Packer:
                 progress(number + 1, len(files))
         for file in files[len(self.parts) :]:
             file.unlink()
+        if self.parts:
+            log(f"continuing after {len(self.parts):,} finished shards of {self.split}")
 
     def _intact_part(self, file: Path) -> Part | None:
         """Return a finished part, or None if it or its shard is damaged."""

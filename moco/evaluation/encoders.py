@@ -8,6 +8,7 @@ from moco.config import ConfigError, require
 from moco.config.base import HUB
 from moco.config.subject import EncoderConfig
 from moco.digest import digest
+from moco.evaluation.seen import log_labels
 from moco.evaluation.subject import IMAGENET, open_encoder
 from moco.interop.encoder_file import EncoderFile
 
@@ -37,6 +38,8 @@ def open_encoders(own: EncoderFile, names: Sequence[str], command: str) -> dict[
         takes = f"takes images of {file.channels} channels, and {command} reads RGB only"
         require(file.channels == 3, f"encoders={name} {takes}: choose another encoder")
         found[name] = file
+        if name != "untrained":
+            log_labels(file)
     return found
 
 

@@ -54,6 +54,7 @@ class Finetuning:
     task: Task[FinetuneConfig]  # its held-out split may be a validation part of the training split
     file: EncoderFile  # the subject's file, with drop-path if it is configured
     view: View
+    title: str = ""  # of the encoder, in the log; empty: its entry in `encoders`
 
     @cached_property
     def images(self) -> str:
@@ -203,7 +204,7 @@ def train_and_measure(
         network, plan = _train(run, name, seed, supervision, on_step)
         scores = task.features(network, task.held_out, heartbeat=heartbeat)  # (M, L)
         metrics.append(compute_metrics(rank_classes(scores), labels_of(task.held_out), len(task.train.classes)))
-        log(f"{name}, seed {seed}: {percent(metrics[-1].top1)} %")
+        log(f"{run.title or name}, seed {seed}: {percent(metrics[-1].top1)} %")
     return metrics, network, plan
 
 
@@ -230,7 +231,7 @@ def _train(
         train(forward, optimizer, stream, labels, plan, settings, start, after)
 
     if supervision is None:
-        steps(0, lambda step: on_step(lambda: f"{name}, seed {seed}: loss {step.loss:.3f}"))
+        steps(0, lambda step: on_step(lambda: f"{run.title or name}, seed {seed}: loss {step.loss:.3f}"))
     else:
         with supervision.watchdog.paused():  # reads the size and the time of each image file
             identity = digest(_identity(run, name, seed, plan, rows))
@@ -245,6 +246,9 @@ def _identity(run: Finetuning, name: str, seed: int, plan: Plan, rows: NDArray[n
     data = data_with_absolute_paths(run.task.config, run.task.subject)
     for each in ("seeds", "encoders", "validation", "subset_list"):
         del settings[each]
+    # The digest depends on the order, which is that of earlier versions.
+    last = ("precision", "view", "seed", "steps", "subset_list_sha256")
+    settings |= {each: settings.pop(each) for each in last if each in settings}
     for each in ("workers", "download"):
         del data[each]
     weights, untrained = weights_digest(run.file, "backbone"), name == "untrained"

@@ -13,6 +13,7 @@ from moco.data.sources import Source
 from moco.distributed import is_rank_zero
 from moco.files import resolved
 from moco.interop.encoder_file import EncoderFile
+from moco.runtime.console import log
 
 
 def roots(data: Mapping[str, Any]) -> list[Path]:
@@ -62,6 +63,12 @@ def held_out_seen(data: DataConfig, hold_out: float, file: EncoderFile, held_out
     if (hold_out > 0 or other_split) and shares_images(evaluated, recorded):
         return True
     return held_out is not None and count_seen(paths_of(held_out), file) > 0
+
+
+def log_labels(file: EncoderFile) -> None:
+    """Print a line about an encoder that was trained with labels."""
+    if file.used_labels:
+        log(f"{file.source} was trained with labels: do not compare it with encoders trained without labels")
 
 
 def refuse_or_warn(problem: str, file: EncoderFile, fix: str) -> None:

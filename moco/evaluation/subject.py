@@ -28,7 +28,7 @@ from moco.data.unreadable import find_unreadable, reasons_of_all_ranks
 from moco.digest import digest
 from moco.distributed import is_rank_zero, rank, world_size
 from moco.evaluation.features import EvalTransform
-from moco.evaluation.seen import count_seen, held_out_seen, paths_of, refuse_or_warn, roots, shares_images
+from moco.evaluation.seen import count_seen, held_out_seen, log_labels, paths_of, refuse_or_warn, roots, shares_images
 from moco.evaluation.subsets import naming_field, split_each_class
 from moco.interop.encoder_file import EncoderFile, build, read_encoder
 from moco.interop.hub import local_file
@@ -191,8 +191,7 @@ def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Sourc
         fix = f"set {other}data.hold_out=0.2 to hold out a fifth of each class"
         raise ConfigError(f"data.name={name} has no held-out split: {fix}")
     _check_seen_images(config, subject, held_out)
-    if subject.file.used_labels:
-        log(f"{subject.file.source} was trained with labels: do not compare it with encoders trained without labels")
+    log_labels(subject.file)
     if (rows := readable_rows(config, bank, "training")) is not None:
         bank = bank.subset(rows)
     if (rows := readable_rows(config, held_out, "held-out")) is not None:

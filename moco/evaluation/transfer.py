@@ -16,7 +16,7 @@ from moco.data.transfer_sets import SETS
 from moco.digest import digest
 from moco.distributed import on_rank_zero
 from moco.evaluation.encoders import fields_of_encoder
-from moco.evaluation.seen import count_seen, held_out_seen, paths_of, refuse_or_warn
+from moco.evaluation.seen import count_seen, held_out_seen, log_labels, paths_of, refuse_or_warn
 from moco.evaluation.subject import Subject, data_config, data_with_absolute_paths, open_subject, weights_digest
 from moco.evaluation.task import changed_images, changed_settings, describe_encoder, describe_start
 from moco.evaluation.transfer_data import MEASURES, OF_FIELDS, Splits, check_names, open_set
@@ -99,6 +99,8 @@ def open_candidates(config: TransferConfig, own: Subject) -> list[Candidate]:
             seed = own.file.seed
         elif name != "pretrained":
             subject = _open_other(name, config)
+        if seed is None and (subject is not own or OF_FIELDS not in config.sets):  # else `open_set` prints it
+            log_labels(subject.file)
         about: dict[str, Any] = {"weights": weights_digest(subject.file, "backbone"), "look": asdict(subject.transform)}
         if seed is not None:
             about["weights"] = [subject.file.backbone, subject.file.options, subject.file.channels, seed]

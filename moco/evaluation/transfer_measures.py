@@ -5,7 +5,7 @@ Legend: M images, D feature dimension, L classes.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -175,7 +175,7 @@ def _finetune(name: str, splits: Splits, config: TransferConfig) -> Measure:
         subject, device = encoder.candidate.subject, encoder.device
         task = evaluation.Task(finetune_config(config), subject, labeled, test, device)
         with naming_field("finetune", config.finetune):
-            run = set_up(task)
+            run = replace(set_up(task), title=encoder.candidate.name)
         first = "pretrained" if encoder.candidate.seed is None else "untrained"
         seeds, steps = task.config.seeds, run.plan(len(labeled), config.seed).total_steps
         with evaluation.progress_log(encoder.title, seeds * steps) as on_step:

@@ -34,7 +34,7 @@ from moco.interop.encoder_file import EncoderFile, ForeignFileError, build
 from moco.plugins import recorded
 from moco.retrieval.store import PARTIAL, PROGRESS, About, Embedding, begin, finish, open_embedding, origin_of
 from moco.retrieval.table import check_table
-from moco.runtime.console import log_next, progress_bar, summary_panel
+from moco.runtime.console import log, log_next, progress_bar, summary_panel
 from moco.runtime.device import compute_context
 from moco.runtime.next_command import command, named_images
 from moco.runtime.output_directory import FEATURES, lock_directory
@@ -202,6 +202,8 @@ def _compute_missing(work: _Work, state: About, folder: Path) -> None:
     features = np.lib.format.open_memmap(folder / PARTIAL, mode="r+")
     chunks = work.chunks_of_rank(state["done"])
     count = len(work.source)
+    if state["done"]:
+        log(f"continuing after {min(state['done'] * work.config.images_at_once, count):,} of {count:,} images")
     with progress_bar("embedding images") as progress:
         for first in range(state["done"], len(work), world_size()):
             for unreadable in all_gather_object(lambda: _write(features, next(chunks, None))):

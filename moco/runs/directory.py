@@ -47,7 +47,8 @@ def refuse_difference(
         return
     recipe = there.get("recipe")
     which = f"was made with experiment={recipe}" if recipe != config.get("recipe") and recipe else ""
-    fix = f"add experiment={recipe}" if which else "restore those values"
+    first = f"the other fields of its first command ({path / 'config.yaml'} holds all values)"
+    fix = f"add experiment={recipe} and {first}" if which else "restore those values"
     encoder = path / "encoder.safetensors"  # of a finished run
     from_encoder = f" (to train longer, add {override('init_from', encoder)})" if encoder.exists() else ""
     raise ConfigError(
@@ -143,7 +144,8 @@ def run_of(path: Path) -> Path | None:
 def no_directory_message(path: Path, field: str = "run") -> str:
     """Return the message for a `field` that must name the directory of a run and names something else."""
     if not path.exists():
-        return f"{field}={path} does not exist: name the directory of a run, e.g. {field}=runs/digits"
+        where = f" (in the folder {Path.cwd()})" * (not path.is_absolute())
+        return f"{field}={path} does not exist{where}: name the directory of a run, e.g. {field}=runs/digits"
     run = run_of(path)
     fix = f"set {_setting(field, run)}" if run else "name the directory of a run"
     return f"{field}={path} is a file: {fix}"
@@ -180,6 +182,9 @@ def no_checkpoint_message(path: Path, field: str = "run") -> str:
         more = f" and {len(inside) - 5:,} more" if len(inside) > 5 else ""
         found = ", ".join(_setting(field, each) for each in inside[:5])
         return f"{field}={path} is a folder of runs: choose one of them, {found}{more}"
+    if (path / "config.yaml").is_file() and (path / "encoder.safetensors").is_file():
+        encoder = override("checkpoint", path / "encoder.safetensors")
+        return f"{field}={path} has no checkpoints any more: use its encoder, {encoder} in place of {field}"
     if (path / "config.yaml").is_file():
         fix = "run its command of moco.train again (config.yaml holds its settings)"
         return f"{field}={path} has no checkpoint yet: {fix}"

@@ -53,4 +53,5 @@ def lock_directory(path: Path, field: str) -> IO[str]:
         what = "a link whose target does not exist" if path.is_symlink() else "a file, not a directory"
         raise ConfigError(f"{field}={path} is {what}: choose another directory") from error
     except OSError as error:
-        raise ConfigError(f"{field}={path} cannot be created or written to: {cause(error)}") from error
+        fix = "choose another directory, or make it writable"
+        raise ConfigError(f"{field}={path} cannot be created or written to ({cause(error)}): {fix}") from error

@@ -1,5 +1,6 @@
 """Evaluation during training: kNN accuracy on a labeled held-out split, else instance retrieval."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -68,10 +69,18 @@ class LiveEvaluation:
     def title(self) -> str:
         """What is measured, with its settings."""
         if self.measure == "knn" and self._sources.bank is not None:
-            return knn_title(self._config.evaluate, len(self._sources.bank))
+            return knn_title(self._config.evaluate, len(self._sources.bank)) + self._noise()
         used = images_used(self._plan.length, self._plan.batch_size)
         count = f"{used:,} images" if used == self._plan.length else f"{used:,} of the {self._plan.length:,} images"
         return f"two crops of an image find each other among {count} (± standard error)"
+
+    def _noise(self) -> str:
+        """Return the largest possible standard error of a kNN accuracy, as text; "" below one point."""
+        held_out = self._sources.held_out
+        if held_out is None or self._config.evaluate.labels_per_class:  # then the spread over the draws is shown
+            return ""
+        error = 50 / math.sqrt(len(held_out))  # that of an accuracy of 50 %
+        return f", standard error up to {error:.1f} points" if error >= 1 else ""
 
     def probe_state(self) -> dict[str, Any]:
         """Return the online probe's entry of a checkpoint, {"probe": ...}; {} without a probe."""

@@ -228,3 +228,10 @@ def test_an_incomplete_imagenet_is_refused(tmp_path: Path) -> None:
     write_image(tmp_path / "val/ILSVRC2012_val_00000001.JPEG")  # the validation archive contains no class folders
     with pytest.raises(ValueError, match=r"val has 1 images outside class folders \(ILSVRC2012_val_00000001\.JPEG\)"):
         load_source(DataConfig("imagenet", str(tmp_path)))
+
+
+def test_folders_of_splits_as_classes_are_reported(tmp_path: Path) -> None:
+    for name in ("train", "Test"):
+        write_image(tmp_path / name / "cat" / "a.png")
+    with pytest.warns(RunWarning, match=r"its folders Test, train are used as classes, .* set data\.root to"):
+        load_source(DataConfig("folder", str(tmp_path), labels="folder"))

@@ -117,7 +117,10 @@ def test_a_run_of_another_recipe_is_refused_with_its_name_and_three_fields(tmp_p
         open_run(tmp_path / "run", {"recipe": "digits"} | dict.fromkeys("abcde", 1))
     sentence = str(error.value)
     assert sentence.startswith(f"run={tmp_path}/run was made with experiment=moco_v2_folder: a (there 0, now 1); b (")
-    assert "c (there 0, now 1); and 2 more fields. To resume it, add experiment=moco_v2_folder;" in sentence
+    assert (
+        "c (there 0, now 1); and 2 more fields. To resume it, add experiment=moco_v2_folder and the other fields"
+        in sentence
+    )
     open_run(tmp_path / "run", made | {"recipe": "copy_of_it"}).close()  # the name alone makes no difference
 
 

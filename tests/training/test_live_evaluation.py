@@ -24,7 +24,9 @@ def test_held_out_images_that_are_reference_images_are_counted() -> None:
         assert all(line.startswith("2 of the 3 held-out images are byte-identical to training") for line in found)
     assert beats
     few = LiveEvaluation(TrainConfig(), method, Sources(train, train, every), *parts)  # type: ignore[arg-type]
-    assert few.title == "held-out kNN (k 4)"  # all four references vote, not evaluate.k=200
+    assert (
+        few.title == "held-out kNN (k 4), standard error up to 20.4 points"
+    )  # all four references vote, not evaluate.k=200
     unlabeled = LiveEvaluation(TrainConfig(), method, Sources(train), *parts)  # type: ignore[arg-type]
     assert unlabeled.count_copies() == []
     assert unlabeled.title.startswith("two crops of an image find each other among 4 images")

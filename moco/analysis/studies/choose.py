@@ -165,15 +165,11 @@ def choose(config: ChooseConfig) -> list[Point]:
     write_json(output / RESULTS, results)
     log(f"results: {output / RESULTS}")
     labeled = bool(points[0].accuracies)
-    best = max(points, key=lambda point: point.accuracies["probe"]) if labeled else chosen(points, "rank_me")
+    best = chosen(points, "rank_me")  # even with labels: their held-out images must not choose the checkpoint
     needed = fields_to_repeat(asdict(data_config(subject, opened)), in_run_directory(Path(best.file)))
     following = SubjectConfig(checkpoint=best.file, data=replace(config.data, **needed))
-    if labeled:
-        log_next(command("moco.linear", following), "the checkpoint with the highest linear accuracy")
-    else:
-        log_next(
-            command("moco.embed", following, output=str(output / "features")), "the checkpoint that RankMe chooses"
-        )
+    used = command("moco.embed", following, output=str(output / "features"))
+    log_next(command("moco.linear", following) if labeled else used, "the checkpoint that RankMe chooses")
     return points
 
 

@@ -299,4 +299,4 @@ def _log_files(config: TemperatureConfig, output: Path, runs: Sequence[Run]) -> 
         fields = {"k": [config.k], "temperature": [VOTE_TEMPERATURE]}
         fields |= {name: getattr(config, name) for name in ("labels_per_class", "draws")}
         knn = command("moco.knn", SubjectConfig(), run=str(best.path), **fields)
-        log_next(knn, f"the highest few-label kNN, at T {best.temperature:g}")
+        log_next(knn, f"the highest few-label kNN of the held-out images, at T {best.temperature:g}")
