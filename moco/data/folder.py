@@ -214,8 +214,7 @@ def scan(
     """Find all images, or videos, below a root, ordered by path.
 
     Args:
-        field: the field that names the root, for errors.
-        root: the folder.
+        root, field: the folder, and the field that names it, for errors.
         labels: "none" or "folder".
         keep_unlistable: what to do if a folder cannot be listed. True: return a source that names this folder, provided
             that an image is found (with labels: images of two classes). False: raise an error.
@@ -224,7 +223,7 @@ def scan(
         table: the label file, which does not count as a file that is left out.
 
     Warns:
-        RunWarning: about broken links whose names have no image ending, unless `keep_unlistable`.
+        RunWarning: about class folders named like splits; about broken links, unless `keep_unlistable`.
 
     Raises:
         FileNotFoundError: if there is no such folder, or no image in it.
