@@ -89,7 +89,7 @@ def test_the_commands_do_not_import_torch() -> None:
         ("search", ["index=out", "threshold=1.5"], "threshold=1.5 must be above -1 and at most 1, e.g. threshold=0.97"),
         ("embed", ["data=folder"], "no encoder: set run=DIR (a run of moco.train) or checkpoint=FILE"),
         ("report", ["run=nowhere", "perplexity=0.5"], "perplexity=0.5 must be at least 1"),
-        ("report", ["run=nowhere"], "run=nowhere does not exist: name the directory of a run"),
+        ("report", ["run=nowhere"], "run=nowhere does not exist (in the folder"),
         ("transfer", ["run=x", "sets=[]"], "sets=[] must hold at least 1 value, e.g. 'sets=[pets,dtd,IMAGES]'"),
         (
             "transfer",
