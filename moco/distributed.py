@@ -88,7 +88,7 @@ def process_group(device: torch.device, timeout_minutes: float = 10.0) -> Iterat
         if not isinstance(error, dist.DistError) and not _PEER_LOST.search(str(error)):
             raise
         problem = f"another process of this run exited or is not responding ({_shortened(str(error).splitlines()[0])})"
-        fix = "see its error message; without one, it was killed; run the same command again to resume"
+        fix = "see its error message; without one, it was killed; run the same command again"
         raise PeerLost(f"{problem}: {fix}") from error
     finally:
         if dist.is_initialized():

@@ -51,7 +51,7 @@ def parsed(words: list[str]) -> Path:
 
 def main(run: Path) -> None:
     """Print the table of a run."""
-    supervised = [  # "trained_with_labels" is no news there
+    supervised = [  # the name of the column says that it was trained with labels
         entry
         | ({"encoder": "supervised", "trained_with_labels": False} if entry.get("encoder") == "pretrained" else {})
         for entry in recorded(run / "supervised")

@@ -77,6 +77,7 @@ class Task(Generic[Config]):
 
     @property
     def inference(self) -> Inference:
+        """How this command computes features."""
         return Inference(self.device, self.config.images_at_once, self.data.workers, PRECISIONS[self.config.precision])
 
     def features(

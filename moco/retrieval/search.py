@@ -196,14 +196,8 @@ def find_outliers(config: SearchConfig, index: Embedding, device: torch.device) 
 
     summary = [("most dissimilar", f"{images.name(first)}: {scores[first]:.3f}")]
     title = f"Outliers (mean cosine similarity to the {k} nearest neighbors)"
-    return Result(
-        title,
-        "outliers",
-        entries,
-        sections(),
-        summary,
-        f"The median similarity is {median:.3f}; an outlier is far below it.",
-    )
+    note = f"The median similarity is {median:.3f}; an outlier is far below it."
+    return Result(title, "outliers", entries, sections(), summary, note)
 
 
 def _by_threshold(config: SearchConfig, images: ImageSet, device: torch.device) -> str:

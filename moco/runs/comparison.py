@@ -54,9 +54,8 @@ _OPTIONAL = frozenset(
 )
 _SECTIONS = ("data", "settings", "choice", "look")  # their fields have dotted names
 # Fields that are part of no key of the baselines "untrained" and "pixels".
-_NOT_OF_UNTRAINED = frozenset(
-    ["weights", "sha256", "projection_sha256", "trained_with_labels"]
-)  # they describe the pretrained encoder
+# They describe the pretrained encoder.
+_NOT_OF_UNTRAINED = frozenset(["weights", "sha256", "projection_sha256", "trained_with_labels"])
 _NOT_OF_PIXELS = (ENCODER - {"encoder", "look"}) | {"look.mean", "look.std"}
 # The text of some fields in a name; the text of all other fields is NAME=VALUE. To tell names apart, the texts of the
 # fields in `_WORDS` are appended first, in this order.
