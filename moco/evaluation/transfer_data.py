@@ -68,7 +68,9 @@ class Splits:
         if self.validation is None:
             return self.train.source
         parts: Any = [self.train.source, self.validation.source]  # only a `FolderSource` has a validation split
-        return replace(joined(parts), pixel_format=parts[0].pixel_format)
+        found = joined(parts)
+        assert found.classes == self.test.source.classes  # a label is the same class in all splits
+        return replace(found, pixel_format=parts[0].pixel_format)
 
     def digest(self) -> str:
         """Return a digest of the images and labels of all splits."""
