@@ -20,7 +20,8 @@ class LayerFeatures(nn.Module):
     """A network from images (N, C, S, S) to the concatenated features of the named layers, (N, D).
 
     Maps (N, C, H, W) are averaged over their positions. Tokens (N, T, C) are represented by the class token, as in MoCo
-    v3's linear probe, or by their mean if the network has none. Outputs (N, C) are used unchanged.
+    v3's linear probe, or, if the network has none, by the mean of the image's tokens (without registers). Outputs
+    (N, C) are used unchanged.
 
     Args:
         backbone: put into eval mode; it keeps the hooks set here.
@@ -47,7 +48,8 @@ class LayerFeatures(nn.Module):
                 inside[name].register_forward_hook(lambda _, __, out, name=name: self._outputs.__setitem__(name, out))
         # Swin and similar networks return maps (N, H, W, C) and declare it.
         self._positions = (1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else (2, 3)
-        self._class_token = getattr(backbone, "num_prefix_tokens", 0) > 0
+        self._prefix = getattr(backbone, "num_prefix_tokens", 0)  # the class token and registers, before the image's
+        self._class_token = self._prefix > 0 and getattr(backbone, "cls_token", None) is not None
         parameter = next(backbone.parameters())
         with torch.no_grad():
             blank = parameter.new_zeros(1, input_channels(backbone), size, size)
@@ -74,7 +76,7 @@ class LayerFeatures(nn.Module):
             if out.dim() == 4:
                 return out.mean(dim=self._positions)
             if out.dim() == 3:
-                return out[:, 0] if self._class_token else out.mean(dim=1)
+                return out[:, 0] if self._class_token else out[:, self._prefix :].mean(dim=1)
             if out.dim() == 2:
                 return out
         shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__

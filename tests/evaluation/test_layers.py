@@ -34,7 +34,7 @@ class Tokens(nn.Module):
 
     def __init__(self, prefix: int) -> None:
         super().__init__()
-        self.num_prefix_tokens = prefix
+        self.num_prefix_tokens, self.cls_token = prefix, torch.zeros(1) if prefix else None
         self.block = nn.Linear(16, 4)
         self.attention = nn.Identity()
 
@@ -49,6 +49,16 @@ def test_tokens_are_represented_by_the_class_token_or_their_mean(prefix: int) ->
     tokens = network.block(images.mean(1))
     got = LayerFeatures(network, ["block"], 16)(images)
     torch.testing.assert_close(got, tokens[:, 0] if prefix else tokens.mean(1))
+
+
+def test_a_register_is_no_class_token() -> None:
+    network = build_backbone("timm/vit_medium_patch16_reg4_gap_256", {"img_size": 32, "depth": 1})
+    layers = LayerFeatures(network, ["norm"], 32)
+    with torch.no_grad():
+        images = torch.rand(2, 3, 32, 32)
+        tokens = network.forward_features(images)  # type: ignore[operator]
+        assert tokens.shape[1] == 4 + 4  # registers, then patches
+        torch.testing.assert_close(layers(images), tokens[:, 4:].mean(1))
 
 
 def test_maps_with_channels_last_are_averaged_over_their_positions() -> None:
