@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 from moco.config.base import REPOSITORY, bounded, require
+from moco.config.data import refuse_hold_out
 from moco.config.subject import SubjectConfig, check_subject
 
 # The endings of a file that each format accepts.
@@ -51,6 +52,7 @@ def check_convert(config: ConvertConfig) -> None:
     require(not hub or bool(config.output), "output='' must name a folder for to=hub, e.g. output=my_encoder")
     required = f"must be a file that ends in {' or '.join(endings)} for to={config.to}, e.g. output=encoder{endings[0]}"
     require(config.output.endswith(endings), f"output={config.output!r} {required}")
+    refuse_hold_out(config.data)
     stop = config.on_bad_image == "stop"
     require(stop, f"on_bad_image={config.on_bad_image} has no effect in this command: remove it")
     exact = config.precision == "fp32"

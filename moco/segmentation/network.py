@@ -68,11 +68,11 @@ def with_output_stride(file: EncoderFile, stride: int | None) -> EncoderFile:
     Raises:
         ConfigError: for a network that is not a ResNet-50 or deeper ResNet with the ImageNet stem.
     """
-    if stride is None or (stride == 32 and file.options.get("stem") != "cifar"):
+    imagenet_stem = file.options.get("stem") != "cifar"
+    if stride is None or (stride == 32 and imagenet_stem and file.backbone.startswith("resnet")):
         return file
-    bottleneck = file.backbone in ("resnet50", "resnet101", "resnet152") and file.options.get("stem") != "cifar"
     require(
-        bottleneck,
+        imagenet_stem and file.backbone in ("resnet50", "resnet101", "resnet152"),
         f"output_stride={stride} needs ResNet-50 or a deeper one with the ImageNet stem, not {file.backbone} with "
         f"options={dict(file.options)}: remove it",
     )

@@ -144,6 +144,7 @@ def test_results_are_below_the_directory_of_the_configured_encoder(canvases: Pat
         (["batch_size=64"], "batch_size=64 exceeds the 12 images of the training split"),
         (["scale=[2,1]"], "must be a range: the smaller factor first"),
         (["output_stride=16"], "output_stride=16 needs ResNet-50"),
+        (["output_stride=32"], "output_stride=32 needs ResNet-50"),
         (["output_stride=9"], "output_stride=9 must be 8, 16 or 32"),
         (["head=unet"], "head='unet' must be one of linear, fcn, fcn_moco, deeplabv3"),
         (["lr=1e30", "head=linear"], "lower lr=1e+30"),

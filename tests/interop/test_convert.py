@@ -16,6 +16,7 @@ from moco.builder import KeyQueue, MoCo
 from moco.config import ConfigError, TrainConfig
 from moco.config.convert import ConvertConfig, check_convert
 from moco.config.data import SubjectDataConfig
+from moco.config.data import SubjectDataConfig
 from moco.evaluation.features import Network
 from moco.interop.convert import ConversionError, convert_encoder, write_and_compare
 from moco.interop.encoder_file import EncoderFile, build, read_encoder, save_encoder
@@ -270,6 +271,7 @@ def test_an_unsupported_network_is_refused(
         ({"to": "moco_v2", "output": "x.pt"}, r"ends in \.pth\.tar or \.pth"),
         ({"device": "cuda"}, "device=cuda.* set device=cpu"),
         ({"pictures": 0}, "pictures=0 must be at least 1"),
+        ({"data": SubjectDataConfig(hold_out=0.2)}, r"data\.hold_out=0\.2 has no effect in this command: remove it"),
         ({"run": ""}, "no encoder: set run=DIR"),
     ],
 )
