@@ -162,7 +162,7 @@ def with_small_views(directions: Directions, views: int) -> list[tuple[int, int]
 
     `views` is the number of views; the third and later ones are small.
 
-    Unsupervised Learning of Visual Features by Contrasting Cluster Assignments (Caron et al., 2020), section 3.3
+    Unsupervised Learning of Visual Features by Contrasting Cluster Assignments (Caron et al., 2020), section 3.2
     """
     keys = sorted({key for _, key in directions})
     return [*directions, *((view, key) for view in range(2, views) for key in keys)]
@@ -199,7 +199,7 @@ class Output(NamedTuple):
     loss: Tensor  # (), to differentiate
     measures: dict[str, Tensor]  # detached, each of shape (); must contain "chance" and "contrast_accuracy"
     query: Tensor  # (N, C), detached, of the first direction
-    key: Tensor  # (N, C), the positives of these queries
+    key: Tensor  # (N, C), for each query the key of the same image
     new_keys: Tensor | None = None  # (N, E, C), to enqueue after the step; None without a queue
 
 
@@ -294,7 +294,8 @@ class MoCo(nn.Module):
         """Compute the loss of one micro-batch against the queue before this step.
 
         Args:
-            views: V tensors (N, channels, S, S), and any number of smaller ones, each a query for every key.
+            views: V tensors (N, channels, S, S), and any number of small views, each of which is a query with each key
+                view.
             keys: {view: (n, C)} of the local batch, from `encode_keys`.
             index: the image indices of the micro-batch, (N,).
             start: position of the micro-batch in the local batch.

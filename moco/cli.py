@@ -31,7 +31,7 @@ _IMAGE_ADVICE = {
 }
 
 
-# Commands that resume when they are run again. Each command reports itself what it has kept, see `keeping`.
+# Commands that resume when they are run again. Some also report what they have kept, see `preemption.keeping`.
 _RESUMABLE = {"train", "pack", "embed", "search", "finetune", "segment", "detect", "transfer", "temperature"}
 
 

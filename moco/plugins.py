@@ -156,7 +156,7 @@ def naming_plugins(source: object, config: Mapping[str, Any]) -> Iterator[None]:
             raise
         raise ConfigError(
             f"{source} has {error.field}={error.name!r} of a plug-in, and plug-ins are imported only if you name them: "
-            f"add {missing} to the command; in a Python program, import the module that defines it before"
+            f"add {missing} to the command; in a Python program, first import the module that defines it"
         ) from error
 
 

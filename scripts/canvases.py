@@ -35,7 +35,8 @@ def draw_canvas(
     """Draw one to three light digits that do not overlap, or with `alone` one large digit on a canvas of half the side.
 
     Args:
-        scans: of the digits to draw, (D, 8, 8) in 0 ... 16, and their digits `labels` (D,).
+        scans: scans of the digits to draw, (D, 8, 8) in 0 ... 16.
+        labels: the digit of each scan, (D,).
 
     Returns:
         The canvas (side, side, 3), its mask (side, side), and (digit, left, top, right, bottom) of each digit.

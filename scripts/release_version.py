@@ -1,7 +1,7 @@
 """Check that every place names the version of a release: `python scripts/release_version.py refs/tags/v0.1.0`.
 
-The tag is v and `moco.__version__`; CITATION.cff has the same version, and CHANGELOG.md a section of it. For a branch
-(refs/heads/main, a rehearsal) only CITATION.cff is checked.
+The tag is v and `moco.__version__`; CITATION.cff has the same version, and CHANGELOG.md has a section for it. For a
+branch (refs/heads/main, a rehearsal) only CITATION.cff is checked.
 """
 
 import argparse

@@ -24,7 +24,7 @@ CAPTION = (
 
 
 def cell(figures: dict[str, Any]) -> str:
-    """Format a top-1 accuracy, or else another named measure, with what `CAPTION` states."""
+    """Format a top-1 accuracy, or else another named measure, with the ± that `CAPTION` explains."""
     name = next((each for each in ("top1", "mAP", "mIoU", "AP") if figures.get(each) is not None), None)
     if name is None:
         return "–"
@@ -57,7 +57,7 @@ def main(run: Path) -> None:
         for entry in recorded(run / "supervised")
     ]
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    name_data = False  # with one data set, only if something must be known about its images
+    name_data = False  # whether rows name the data set: if there are several, or notes about its images
     for entry, evaluation, data, encoder in placed([*recorded(run), *supervised]):
         rows.setdefault((evaluation, data), {})[encoder] = cell(entry.get("figures") or {})
         name_data = name_data or bool(image_notes(entry.get("data") or {}))

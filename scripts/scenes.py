@@ -3,8 +3,8 @@
 python scripts/scenes.py SCENES --bands 13
 
 Each of the four classes is a material whose spectrum differs from the others' by a random factor per band. A scene
-mixes 40 to 100 % of its material with one of two others, under light of any strength, with noise. So single values say
-little about the class, and their ratios between bands say much.
+mixes 40 to 100 % of its material with one of two materials that belong to no class, under light of random strength,
+with noise. So single values say little about the class, and their ratios between bands say much.
 SCENES/train and SCENES/test get one folder per class.
 """
 

@@ -184,8 +184,8 @@ def main(arguments: list[str]) -> int:
     print(f"sweep: {len(planned) - len(failed)} of {len(planned)} trials are finished in {arguments[0]}")
     show(planned)
     for run, status in failed.items():
-        fix = "if its settings were refused or its training diverged, as its error above states, the same command fails"
-        fix += " again: change its settings, in another folder if it has begun; otherwise run the same command again"
+        fix = "if its error above says that its settings were refused or its training diverged, change its settings, "
+        fix += "and name another folder if the trial has begun; for another error, run the same command again"
         print(f"sweep: {run} failed with exit status {status}: {fix}", file=sys.stderr)
     return int(bool(failed))
 

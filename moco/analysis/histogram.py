@@ -22,7 +22,7 @@ def similarity_histogram(similarity: Tensor, bins: int = 100, weights: Tensor | 
     Args:
         similarity: any shape. Values outside -1 ... 1, from rounding, count in the outer bins; -inf and nan do not.
         bins: B, at least 1.
-        weights: of each entry, in the shape of the similarity; None: 1. The weight of -inf is ignored.
+        weights: of each entry, in the shape of the similarity; None: 1. Not used where the similarity is -inf or nan.
 
     Returns:
         Counts, int64, shape (B,), or sums of weights, float64. Bin b is [-1 + 2 b / B, -1 + 2 (b + 1) / B); the last

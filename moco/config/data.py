@@ -142,7 +142,7 @@ class SubjectDataConfig(SourceConfig):
 
 
 def is_remote(name: str, root: str) -> bool:
-    """Return whether data.root is the address of a stream (also of files of this machine) or a name on a hub."""
+    """Return whether data.root names the tar files of `webdataset` (even on this machine) or a data set on a hub."""
     return name == "webdataset" or (name == "huggingface" and not Path(root).expanduser().is_dir())
 
 

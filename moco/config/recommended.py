@@ -23,7 +23,10 @@ def momentum_for(steps: int) -> float:
 
 
 def queue_for(images: int, keys_per_step: int) -> int:
-    """Return a queue size of about a quarter of the images: a multiple of the keys per step, and not zero."""
+    """Return a queue size of about a quarter of the images, but at most about `LARGEST_QUEUE`.
+
+    It is a multiple of the keys per step, and not zero.
+    """
     return max(1, round(min(images / 4, LARGEST_QUEUE) / keys_per_step)) * keys_per_step
 
 

@@ -28,7 +28,7 @@ class AugmentConfig:
     crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
     small_views: int = bounded(0, ge=0, le=64)
     """For MoCo and MoCo v3: number of further views per image, of small_size pixels, which are queries only
-    (multi-crop, Caron et al., 2020). The loss is the mean over all pairs of a query view and a key view."""
+    (multi-crop, Caron et al., 2020). All pairs of a query view and a key view have the same weight in the loss."""
     small_size: int = bounded(96, ge=1, le=65_536)
     """Side of the small views in pixels."""
     small_scale: list[float] = bounded([0.05, 0.14], min_length=2, max_length=2)

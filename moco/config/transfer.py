@@ -54,7 +54,7 @@ def check_transfer(config: TransferConfig, processes: int = 1) -> None:
     check_subject(config)
     refuse_on_mps(config, "this command")
     finetune_config(config, processes)
-    error = "data.hold_out has no effect without the entry data in sets: add data to sets, or set hold_out for folders"
+    error = "data.hold_out has no effect without the entry 'data' in sets: add it, or set hold_out for folders"
     require("data" in config.sets or config.data.hold_out == 0, error)
 
 

@@ -23,7 +23,7 @@ def type_error(name: str, value: Any, kind: Any, text: str = "", exact: bool = F
 
     Args:
         name: the dotted name of the field; "" for values without a common name.
-        value: its value, of plain types; or a dataclass, whose own fields are checked.
+        value: its value, of plain types; or a dataclass, whose class then replaces `kind`.
         kind: its type, T or `T | None`. T is a scalar type, a list, a mapping, a dataclass, or a dict of the types of
             named values. The value may lack some of these names, and may have others.
         text: the value as the person wrote it; empty: as Python shows it.

@@ -103,9 +103,9 @@ class Source(Protocol):
     def content_fingerprints(self) -> NDArray[np.int64]:
         """Return a number per image, (N,), to find images that can be copies: copies have the same number.
 
-        Images that are no copies can have the same number, too: for files it is the size, because the files must not be
-        read. An image whose content is unknown, such as an unreadable one, has -1 - i, which no other image has. This
-        default gives such a number to all images, so no copies are found.
+        Images that are no copies can have the same number, too: for files it is the size, because reading them would
+        take too long. An image whose content is unknown, such as an unreadable one, has -1 - i, which no other image
+        has. This default gives such a number to all images, so no copies are found.
         """
         return -1 - np.arange(len(self))
 

@@ -99,8 +99,8 @@ def resized_crop(image: Tensor, box: ArrayLike, size: int, antialias: bool = Tru
     """Crop one box (top, left, height, width) from an image (C, H, W) on the CPU and resize it to (C, S, S).
 
     This is the streamed route. It calls ATen directly: torchvision's `resized_crop` makes the same call on CPUs with
-    AVX2 (or ARM). On other CPUs it rounds a float result, which differs by up to one level, so views would depend on
-    the machine.
+    AVX2 (or ARM). On other CPUs torchvision rounds a float result, which differs by up to one level, so views would
+    depend on the machine.
     """
     top, left, height, width = (int(value) for value in np.asarray(box))
     window = image[None, :, top : top + height, left : left + width]

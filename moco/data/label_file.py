@@ -127,7 +127,8 @@ def held_out_split(rows: Sequence[Row], train: str, held_out: str, file: str) ->
         file: the table, for errors.
 
     Raises:
-        ValueError: if a requested split is `UNUSED` or has no image, or the table has a split with an unknown name.
+        ValueError: if a requested split is `UNUSED` or has no image, if both are the same, or if the table has a split
+            with an unknown name.
     """
     found = {row.split: row for row in reversed(rows)}  # the first row of each split
     for name, split in (("split", train), ("eval_split", held_out)):

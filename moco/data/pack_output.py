@@ -1,8 +1,8 @@
 """The output folder of moco.pack while it is unfinished: its settings and its finished parts.
 
 During packing, `output/parts/` contains the settings and, for each finished shard, its part of the index. A finished
-folder that is damaged is changed back to an unfinished one: the parts are restored from the index, which holds all of
-their content.
+folder that is damaged is changed back to an unfinished one: the parts are restored from index.json and the files of
+rows (train.npy, ...), which together hold all of their content.
 
 Legend: N images, n images of one shard.
 """

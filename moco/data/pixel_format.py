@@ -60,8 +60,8 @@ def per_channel(values: object, device: torch.device) -> Tensor:
 def preview(image: Tensor, channels: tuple[int, ...] = ()) -> Tensor:
     """Return a viewable image, uint8 (3, H, W), of an image (C, H, W) of any format.
 
-    8-bit values are shown as they are. Values of other types are stretched: the range of each channel of an image is
-    mapped to black ... white, because the values of a scene often fill a small part of the range of their type.
+    8-bit values are shown as they are. For values of other types, the 2nd percentile of each channel of an image is
+    mapped to black and the 98th to white, because a scene often uses a small part of the range of its type.
 
     Args:
         image: uint8, uint16 or float32.

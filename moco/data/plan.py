@@ -5,7 +5,7 @@ CONTRIBUTING.md): step s of an epoch uses the samples s * B ... (s + 1) * B - 1 
 uses the r-th part of these B samples. So a run can resume at any step, on any number of processes.
 
 An epoch can draw an image several times. Each repetition is a sample of its own, with its own random numbers and so
-with other views: sample s is image s % N, repetition s // N, of a data set with N images.
+with other views: sample i is image i % N, repetition i // N, of a data set with N images.
 
 Legend: B global batch, n = B / W samples per rank, W processes.
 """

@@ -38,12 +38,12 @@ def recorded_data(
         recorded: the fields in the file.
         given: the fields that the user has set.
         source: the file or directory, for the error.
-        trusted: whether to read a local folder that only the file names, as for a file in a run directory.
+        trusted: whether to read a local folder whose path is given only by the file, as for a file in a run directory.
         fix: what to do instead, for the error; empty: the error proposes to repeat the fields or to set data.root.
 
     Raises:
-        ConfigError: if the images would have to be fetched, or lie in a folder that only an untrusted file names. Also
-            if the data set is a stream, because all callers read images one by one.
+        ConfigError: if the images would have to be fetched, or lie in a folder whose path is given only by an untrusted
+            file. Also if the data set is a stream, because all callers read images one by one.
     """
     other = "set data.name=folder data.root=IMAGES, or another data set whose images can be read one by one"
     stream = given.get("name", recorded.get("name")) == "webdataset"

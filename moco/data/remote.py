@@ -164,7 +164,7 @@ class Sample(NamedTuple):
 
 
 class _Stream(IterableDataset[Any]):
-    """One rank's batches. Each of V workers makes the batches of every V-th step; without workers, V is 1."""
+    """One rank's batches. Each of k workers makes the batches of every k-th step; without workers, k is 1."""
 
     def __init__(self, source: RemoteSource, crop: CropFunction, plan: Plan, steps: range, replace: bool) -> None:
         self.source, self.crop, self.plan, self.steps, self.replace = source, crop, plan, steps, replace

@@ -92,7 +92,7 @@ def load_source(
 ) -> Sources:
     """Open a data set. Its images and their order depend on the files and on `config`, never on the seed of a run.
 
-    A stream (webdataset) is an exception: its order also depends on the numbers of ranks and workers.
+    A stream (webdataset) is an exception: its order also depends on the seed and the numbers of ranks and workers.
 
     Args:
         config: the data set.
@@ -102,7 +102,8 @@ def load_source(
         keep_unlistable: open a data set although some folders cannot be listed; only for folder, imagenet and video.
 
     Raises:
-        FileNotFoundError: if data.root is empty, or the data set is not there or could not be downloaded.
+        FileNotFoundError: if data.root is empty, or the data set is not there.
+        OSError: if the data set could not be downloaded.
         ValueError: if a field does not fit the data set.
         TypeError: if the source of a plug-in lacks members of `Source`.
         ImageError: if an image cannot be decoded into memory.
@@ -132,7 +133,9 @@ def _checked(config: DataConfig, source: Source) -> Source:
 
 
 def refuse_output_inside(config: DataConfig, field: str, output: str | Path, of_root: str = "data.root") -> None:
-    """Refuse an output directory in a folder that is searched for images or videos: they could become part of the data.
+    """Refuse an output directory in a folder that is searched for images or videos.
+
+    Files in the output directory could become part of the data.
 
     Args:
         config: the data set.

@@ -93,8 +93,9 @@ class UnreadableImages:
     """The images that a run could not read: one list for all ranks, which rank 0 writes to a file.
 
     Each rank notes the unreadable images that it finds; `synchronize` merges the notes. Call `synchronize` before a
-    checkpoint is written: a run that is killed later resumes from the checkpoint and finds the same images again. A
-    resumed run checks the images of the existing file and removes the readable ones from the list.
+    checkpoint is written: if the run is killed later, the resumed run repeats the steps after the checkpoint and finds
+    their unreadable images again. A resumed run checks the images of the existing file and removes the readable ones
+    from the list.
 
     Args:
         source: the images.

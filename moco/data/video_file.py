@@ -138,7 +138,7 @@ def _too_large(path: str, size: str) -> ImageError:
 
 
 class _Decoder:
-    """An open file, which seeks only if decoding forward does not reach the requested frame."""
+    """An open file. It seeks to a frame's keyframe, unless decoding has passed the keyframe but not yet the frame."""
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -122,8 +122,8 @@ class View:
     for all channels; for other channels than RGB, this noise is multiplied by the std of each channel."""
     steps: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """Augmentation steps of plug-ins, with their options. They are applied in the given order, after all other steps
-    except the channel dropout. Set an option by +augment.steps.NAME.OPTION=VALUE; to use a step with its default
-    options, set +augment.steps.NAME={}."""
+    except normalization and channel dropout. Set an option by +augment.steps.NAME.OPTION=VALUE; to use a step with its
+    default options, set +augment.steps.NAME={}."""
     channel_dropout_p: float = 0.0
     """Probability, for each channel, of replacing all its pixels by its value in `mean`. At least one channel of a view
     is kept."""

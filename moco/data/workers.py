@@ -148,7 +148,7 @@ def _started(loader: DataLoader[T], field: str) -> Iterator[T]:
         return iter(loader)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        multiprocessing.Semaphore()  # fails before the loader's own locks do, for which torch prints a traceback
+        multiprocessing.Semaphore()  # a test: if the loader could not create its locks, torch would print a traceback
         items = iter(loader)
     except OSError as error:  # no memory for a process, or no room in /dev/shm for its locks
         raise LoaderError(

@@ -15,8 +15,8 @@ class BoxCheck:
 
     def __init__(self) -> None:
         self.total = 0  # boxes
-        self.outside = 0  # boxes that reach more than `TOLERANCE` outside their image
-        self.empty = 0  # other boxes without an area, before or after clipping
+        self.outside = 0  # boxes that have an area, and reach more than `TOLERANCE` outside their image
+        self.empty = 0  # all other unusable boxes: without an area, before or after clipping
         self.first = ""  # description of the first box that cannot be used
 
     def clipped(

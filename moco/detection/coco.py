@@ -36,7 +36,7 @@ def read_coco(
     Raises:
         ConfigError: for a file that cannot be read or is incomplete, an id that is used twice or unknown, a missing
             mask, or, without `drop`, a box that cannot be used.
-        ImageError: if an image with a box that cannot be used cannot be read, or has another size than the file states.
+        ImageError: for an image that has an unusable box, if the image is unreadable or its size differs from the json.
     """
     file = f"{field}={path}" if field else str(path)
     content = _load(path, file)

@@ -39,7 +39,7 @@ class Example(NamedTuple):
 
     image: Tensor  # (3, H, W)
     target: dict[str, Tensor]  # boxes (n, 4), labels (n,) and perhaps masks (n, H, W), as torchvision takes them
-    keys: tuple[int, ...]  # one for each `KeyedSampler`, which chooses boxes at random
+    keys: tuple[int, ...]  # one for each `KeyedSampler`, which draws anchors or proposals
 
 
 def resized(image: Tensor, short: int, settings: ViewSettings) -> Tensor:
@@ -67,7 +67,7 @@ def training_example(
         settings: how to prepare the image.
 
     Raises:
-        ImageError: if the file cannot be read.
+        ImageError: if the file cannot be read, or has another size than the annotations state.
     """
     pixels = resized(image.pixels(), settings.sizes[int(uniforms[0] * len(settings.sizes))], settings)
     height, width = pixels.shape[1:]

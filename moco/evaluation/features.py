@@ -25,7 +25,7 @@ Network = nn.Module | Callable[[Tensor], Tensor]  # images (N, C, S, S) -> featu
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """The preparation of an image: resize, crop the center, normalize. The default leaves values in 0 ... 1."""
+    """The preparation of an image: resize, crop the center, normalize. Without mean and std, values stay in 0 ... 1."""
 
     size: int  # side of the central crop in pixels
     resize: int = 0  # length to which the shorter side is resized before the crop; 0: to `size`

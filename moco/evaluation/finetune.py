@@ -95,7 +95,8 @@ def set_up(task: Task[FinetuneConfig]) -> Finetuning:
     options = {name: value for name, value in options.items() if value is not None}
     if options and not hasattr(build(file).get_submodule("backbone"), "group_matcher"):  # timm's networks have it
         each = " ".join(f"{name}={value}" for name, value in options.items())
-        raise ConfigError(f"{each} needs a vision transformer or a timm network; {file.backbone} is neither: remove it")
+        fix = f"remove {' and '.join(options)}"
+        raise ConfigError(f"{each} needs a vision transformer or a timm network; {file.backbone} is neither: {fix}")
     if config.drop_path is not None:
         file = replace(file, options=file.options | {"drop_path_rate": config.drop_path})
     if config.bn == "frozen" and "untrained" in config.encoders:

@@ -230,7 +230,7 @@ def _show_choice(pretrained: Result, training: int) -> None:
         f"choice: leave-one-out {measure} of the pretrained encoder on training images",
         ["k", *(f"T {temperature:g}" for temperature in choice["temperature"])],
         rows,
-        f"on {choice['images']:,} of {training:,} images, each without {left_out}; < is chosen",
+        f"on {choice['images']:,} of {training:,} images, each without {left_out}; < marks the chosen pair",
     )
 
 

@@ -197,7 +197,7 @@ def _problem(encoder: str, lr: float, losses: Sequence[float], metrics: Metrics 
         fix = ", or a lower official.lr"
     else:
         found, fix = f"{found}, although the training loss fell to {last:.3g}", ""
-    unsuitable = f"official.lr={lr:g} does not suit it and " * bool(fix)
+    unsuitable = f"official.lr={lr:g} does not suit this encoder and " * bool(fix)
     advice = f"set protocol=sweep, which chooses the learning rate{fix}"
     return f"{encoder}: {found}, so {unsuitable}the result says little about it; {advice}"
 

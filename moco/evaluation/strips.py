@@ -14,7 +14,10 @@ _GAP = 4  # pixels between tiles and between rows
 
 
 def voc_colors() -> NDArray[np.uint8]:
-    """Return the colors of the classes in Pascal VOC's masks, (256, 3): RGB shares the bits of the class number."""
+    """Return the colors of the classes in Pascal VOC's masks, (256, 3).
+
+    Each of R, G and B contains a part of the bits of the class number.
+    """
     numbers = np.arange(256)
     colors = np.zeros((256, 3), dtype=np.uint8)
     for bit in range(8):

@@ -57,7 +57,7 @@ def open_subject(config: SubjectConfig) -> Subject:
     """Read the encoder file that the configuration names and choose the preparation of its images.
 
     Raises:
-        ConfigError: for an invalid image size; see also `open_encoder`.
+        ConfigError: for an invalid size, mean or std in `images`; see also `open_encoder`.
         FileNotFoundError, ForeignFileError, CheckpointError: see `read_encoder`.
     """
     file = open_encoder(config)
@@ -95,7 +95,8 @@ def open_encoder(config: EncoderConfig) -> EncoderFile:
     """Read the encoder file that the configuration names.
 
     Raises:
-        ConfigError: for a run that does not exist or has no readable checkpoint, or a folder as the checkpoint.
+        ConfigError: for a run that does not exist, has no checkpoint or whose newest checkpoint cannot be read, or for
+            a folder as the checkpoint.
         FileNotFoundError, ForeignFileError, CheckpointError: see `read_encoder`.
     """
     if config.run:
@@ -157,8 +158,9 @@ def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Sourc
     """Open the labeled training split and the held-out split.
 
     Raises:
-        ConfigError: if the file names no data set, if the data set has no labels, a single class or no held-out split,
-            or if the training split lacks a class of the held-out split; see also `moco.data.recorded`.
+        ConfigError: if neither the user nor the encoder file names the data; if the data set has no labels, only one
+            class or no held-out split; if the training split lacks a class of the held-out split; or if the encoder was
+            trained with the labels of held-out images. See also `moco.data.recorded`.
         FileNotFoundError, ValueError: see `moco.data.sources.load_source`.
     """
     sources = open_data(config, subject)
@@ -208,7 +210,7 @@ def _check_seen_images(config: SubjectConfig, subject: Subject, held_out: Source
     if hold_out:
         which = f"data.hold_out={hold_out} holds out images"
     elif data.label_file:
-        which = f"data.label_file={data.label_file} with another split than the run's holds out images"
+        which = f"data.label_file={data.label_file}, whose split is not that of the run, holds out images"
     else:
         count = count_seen(paths_of(held_out), file)
         which = f"{count:,} of the {len(held_out):,} held-out images are in the folder of images"
@@ -219,8 +221,8 @@ def _check_seen_images(config: SubjectConfig, subject: Subject, held_out: Source
 def readable_rows(config: SubjectConfig, source: Source, split: str) -> NDArray[np.int64] | None:
     """Return the rows of the readable images, and log the unreadable ones. Collective.
 
-    With on_bad_image=skip, every image is decoded once. None means all rows: all images are readable, or the field has
-    another value.
+    With on_bad_image=skip, every image is decoded once. None means all rows: all images are readable, or
+    on_bad_image has another value.
 
     Raises:
         ConfigError: if no image can be read.
@@ -365,7 +367,7 @@ def data_with_absolute_paths(config: SubjectConfig, subject: Subject) -> dict[st
 
 
 def weights_digest(file: EncoderFile, features: str) -> str:
-    """Return the SHA-256 of the weights that compute the features; independent of the file format and order."""
+    """Return the SHA-256 of the weights that compute the features, whatever their order and the format of the file."""
     head = file.head_weights if features == "projection" else {}
     used = file.weights | {f"head.{key}": value for key, value in head.items()}
     kept = {key: used[key] for key in sorted(used) if not key.endswith("num_batches_tracked")}

@@ -85,7 +85,7 @@ def _svm(cost: float) -> Any:
 
 
 def _choose_cost(x: NDArray[np.float64], positive: NDArray[np.bool_], costs: Sequence[float], seed: int) -> float:
-    """Return the cost with the best mean average precision over the folds.
+    """Return the cost with the highest average precision of this class, averaged over the folds.
 
     Return the first cost if fewer than two images have the class, or fewer than two do not have it.
     """

@@ -70,7 +70,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The training of heads: SGD with momentum from zero weights, cosine learning rate."""
+    """The training of heads: SGD with momentum and a cosine learning rate, starting from zero weights."""
 
     epochs: int
     batch_size: int

@@ -138,11 +138,11 @@ def training_view(
 
 @contextmanager
 def progress_log(description: str, total: int) -> Iterator[LogStep]:
-    """Yield a function to call after each of `total` steps or epochs, with a function that returns a line about it.
+    """Yield a function to call after each of `total` steps or epochs; its argument is a function that returns a line.
 
-    The function advances a progress bar. It logs the first line, the last line and, between them, a line whenever 30
-    seconds have passed, each with the time left. Only then it calls the given function, which may have to wait for
-    the device. For a step that an earlier command has finished, pass None: it is not logged.
+    The yielded function advances a progress bar. It logs the first line, the last line and, between them, a line
+    whenever 30 seconds have passed, each with the time left. It calls its argument only to log, because the argument
+    may have to wait for the device. For a step that an earlier command has finished, pass None: it is not logged.
     """
     start = last = time.monotonic()
     done = taken = 0
@@ -163,7 +163,7 @@ def progress_log(description: str, total: int) -> Iterator[LogStep]:
 
 @contextmanager
 def monitored(network: Network, count: int, description: str) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Yield a function that calls the network and advances a progress bar over the `count` images of all ranks.
+    """Yield a function that calls the network and advances a progress bar over this rank's share of `count` images.
 
     The network must be in eval mode. The function raises ConfigError if a feature is not finite.
     """
@@ -350,7 +350,8 @@ def describe(task: Task[Any], features: str) -> dict[str, Any]:
         "classes": list(task.train.classes),
         "sha256": on_rank_zero(lambda: images_digest(task.train, task.held_out)),
         "hold_out": config.data.hold_out,
-        "held_out_seen": held_out_seen(task.data, config.data.hold_out, subject.file, task.held_out),  # without labels
+        # If true, the encoder can have seen them, but without labels: `open_labeled` refuses the other case.
+        "held_out_seen": held_out_seen(task.data, config.data.hold_out, subject.file, task.held_out),
         "held_out_in_training": task.copies,
     }
     return describe_encoder(subject.file, features) | {"data": data, "look": asdict(subject.transform)}

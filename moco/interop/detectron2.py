@@ -67,7 +67,9 @@ def save_detectron2(path: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def load_detectron2(path: Path) -> dict[str, Tensor]:
-    """Read the weights under torchvision's names. Only arrays and plain values are loaded, no code is run.
+    """Read a `.pkl` file and return its weights under torchvision's names.
+
+    Only arrays and plain values are loaded, no code is run.
 
     Raises:
         pickle.UnpicklingError: for a pickle that holds anything else.

@@ -55,7 +55,7 @@ def _moments(x, parts, L, C, part, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
         count = tl.minimum(end - start, ROWS).to(tl.float32)
         own = tl.sum(values, 0) / count
         apart = tl.where(inside, values - own, 0.0)
-        # Chan et al., 1983: the moments of two sets from those of each.
+        # Chan et al., 1983: the moments of the union of two sets, from the moments of each set.
         before = (start - begin).to(tl.float32)
         change = own - mean
         squares += tl.sum(apart * apart, 0) + change * change * (before * count / (before + count))

@@ -156,7 +156,8 @@ def _candidates(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the logits (A N, V M), which of them are positives, boolean (A N, V M), and a number to add to the loss.
 
-    The number is nan if an embedding is not finite, else 0. The loss alone would ignore an anchor without a positive.
+    The number is nan if an embedding is not finite, else 0. Without it, the loss could be finite although an anchor
+    without a positive is not.
     """
     check_temperature(temperature)
     same = _same_class(embeddings, others, offset, labels, mask)  # (N, M)
@@ -181,8 +182,8 @@ def _same_class(embeddings: Tensor, others: Tensor, offset: int, labels: Tensor 
     samples, total = embeddings.shape[1], others.shape[1]
     if not 0 <= offset <= total - samples:
         raise ValueError(
-            f"offset={offset} must be 0 ... {total - samples}: the position in others of the first sample "
-            f"of embeddings ({shapes})"
+            f"offset={offset} must be 0 ... {total - samples}: the position of the first sample of "
+            f"embeddings in others ({shapes})"
         )
     if len(others) * total < 2:
         raise ValueError(f"{shapes}: a single embedding has no candidates; pass a second view or sample")

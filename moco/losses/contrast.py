@@ -79,10 +79,10 @@ def contrast(
 
     Returns:
         The loss and a dict of detached measures, all of shape () and means over the queries. "negatives" and
-        "positives": the numbers of negatives and positives in the queue; "chance": the loss if the query is equally
-        similar to all keys and mixed negatives in the softmax; "eliminated" or "attracted": the number of false
-        negatives found; "mixed_similarity": the cosine of a query and its mixed negatives. The measures of
-        `logit_measures` are computed without margin and mixed negatives, so that runs can be compared.
+        "positives": the numbers of negatives and positives in the queue; "chance": the loss if all logits, also
+        those of mixed negatives, are equal; "eliminated" or "attracted": the number of false negatives found;
+        "mixed_similarity": the cosine of a query and its mixed negatives. The measures of `logit_measures` are computed
+        without margin and mixed negatives, so that runs can be compared.
 
     Raises:
         ValueError: for invalid values and shapes, and for debiasing with any other switch or positives.

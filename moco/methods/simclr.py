@@ -6,7 +6,7 @@
 One training step (see `moco/training/step.py`) encodes all views, gathers the embeddings of all ranks with gradient,
 and compares each embedding with all others of the global batch. The step encodes no keys and enqueues nothing.
 
-SimCLR is SupCon in which each sample is its own class. So one class implements both: with labels it is SupCon.
+SimCLR is SupCon in which each sample has a label of its own. So one `nn.Module` implements both SimCLR and SupCon.
 
 Deliberate deviations from the official code:
 

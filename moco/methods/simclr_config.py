@@ -32,8 +32,8 @@ class SimCLRConfig(MethodConfig):
     """Margin m that lowers the similarity of an anchor to its positive, see margin_kind; needs candidates=other_view;
     0: no margin."""
     margin_kind: str = bounded("arc", choices=("arc", "cosine"))
-    """What margin m makes of the cosine similarity cos(theta) to a positive: arc, cos(theta + m) with m in radians
-    (Deng et al., 2019, Eq. 3); cosine, cos(theta) - m (Wang et al., 2018)."""
+    """How the margin changes the cosine similarity cos(theta) of an anchor and its positive: arc, to cos(theta + m),
+    with m in radians (Deng et al., 2019, Eq. 3); cosine, to cos(theta) - m (Wang et al., 2018)."""
     decoupled: bool = False
     """Leave the positives out of the denominator of the softmax (Yeh et al., 2022, decoupled contrastive learning)."""
     positives_mean: str = bounded("outside", choices=("outside", "inside"))

@@ -30,7 +30,7 @@ class _SyncBatchNorm(torch.autograd.Function):
     ) -> Tensor:
         """Normalize (N, C, ...) on a GPU over all ranks; update the running statistics as `F.batch_norm` does.
 
-        The forward and the backward pass are collectives. For the backward pass, the input is kept in its number type.
+        The forward and the backward pass are collectives. For the backward pass, the input is kept in its own dtype.
         """
         x = x.contiguous(memory_format=memory_format(x))
         local = torch.stack(torch.batch_norm_stats(x, eps))  # (2, C), means and 1 / standard deviations

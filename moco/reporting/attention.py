@@ -36,7 +36,7 @@ def class_attention(backbone: nn.Module, images: Tensor) -> Tensor | None:
     fused, attention.fused_attn = (
         getattr(attention, "fused_attn", False),
         False,
-    )  # it does not return the weights
+    )  # fused attention does not return the weights
     try:
         with attention.attn_drop.register_forward_hook(lambda _module, _inputs, output: weights.append(output)):
             network(images)

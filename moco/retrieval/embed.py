@@ -86,8 +86,8 @@ def compute(config: EmbedConfig, subject: subjects.Subject, folder: Path, device
     work = _Work(config, subject, source, network, device)
     about = _about(work)
     state: About | None = {"done": 0}
-    some = keeping("finished features", lambda: state is None or state["done"] > 0)
-    with some, ExitStack() as locks:  # held by rank 0
+    stop_note = keeping("finished features", lambda: state is None or state["done"] > 0)
+    with stop_note, ExitStack() as locks:  # rank 0 holds the lock
         on_rank_zero(lambda: bool(locks.enter_context(lock_directory(folder, "output"))))
         state = on_rank_zero(lambda: begin(folder, about))
         if state is not None:

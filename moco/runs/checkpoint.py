@@ -231,7 +231,7 @@ def _as_list(value: Any) -> Any:
 
 @contextmanager
 def refuse_misfit(folder: Path) -> Iterator[None]:
-    """Convert the errors of restoring a checkpoint of `folder` that does not fit the run into a CheckpointError."""
+    """Raise CheckpointError if a checkpoint of `folder`, restored in the block, does not fit the run."""
     try:
         yield
     except (ConfigError, CheckpointError):

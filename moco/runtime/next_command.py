@@ -37,7 +37,9 @@ def next_commands(
     given: Mapping[str, Any] | None = None,
     step: int | None = None,
 ) -> list[str]:
-    """Return the commands that evaluate or use the encoder of a finished run, without commands whose output exists.
+    """Return the commands that evaluate or use the encoder of a finished run.
+
+    For a data set without labels, commands whose output exists are left out.
 
     Args:
         run: the directory of the run.

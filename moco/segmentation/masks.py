@@ -65,7 +65,8 @@ class MaskedImages:
         """Return the image, uint8 (3, H, W), and the class of each pixel, (H, W); `IGNORED` for no class.
 
         Raises:
-            ImageError: if a file cannot be read, image and mask differ in size, or the mask has an unknown class.
+            ImageError: if a file cannot be read, image and mask differ in size, the mask has an unknown class, or the
+                EXIF tag of the image states a rotation.
         """
         path, _ = self.pairs[row]
         mask = self.mask(row)

@@ -114,7 +114,7 @@ def load_state(config: TrainConfig) -> Checkpoint:
 def load_weights(config: TrainConfig, method: nn.Module, state: Checkpoint) -> None:
     """Load the weights of a checkpoint; with `shard`, on rank 0 only, see `load_state`.
 
-    With `shard`, the other ranks get the weights afterwards.
+    With `shard`, the other ranks get the weights afterwards, by `broadcast_module`.
     """
     if config.shard:
         on_rank_zero(lambda: method.load_state_dict(state["method"]))
@@ -144,7 +144,7 @@ def set_batch_norm_calls(method: Any, accumulate: int) -> None:
 def distribute(config: TrainConfig, method: nn.Module, device: torch.device) -> nn.Module:
     """Compile the networks of the method, if configured; with several ranks, shard them or wrap the method in DDP.
 
-    A CUDA graph averages the gradients without DDP.
+    With `cuda_graph`, `StepGraph` averages the gradients instead of DDP.
     """
     if config.activation_checkpointing:
         checkpoint_activations(method.get_submodule("encoder.backbone"), config.model.backbone)

@@ -30,7 +30,7 @@ Identity = dict[str, Any]
 
 
 def identity(source: Source) -> Identity:
-    """Return {"length": N, "sha256": the digest of the names, and of the size of images in memory} of a source."""
+    """Return {"length": N, "sha256": the digest of the names, and of the shape of images in memory} of a source."""
     return {"length": len(source), "sha256": names_digest(source, with_size=True)}
 
 
@@ -82,7 +82,10 @@ def refuse_other_data(run: Path, state: Mapping[str, Any], now: Identity, data: 
 
 
 def refuse_other_settings(config: Mapping[str, Any]) -> None:
-    """Raise ConfigError on every rank if the nested configuration of a rank differs from that of rank 0. Collective."""
+    """Raise ConfigError on every rank if a rank's configuration differs from rank 0's, except in `PER_MACHINE`.
+
+    `config` holds nested dicts. Collective.
+    """
     settings = {name: value for name, value in flatten(config).items() if name not in PER_MACHINE}
     first, *others = all_gather_object(lambda: settings)
     for rank, other in enumerate(others, start=1):
@@ -109,7 +112,7 @@ def open_consistently(open_data: Callable[[], Sources]) -> tuple[Sources, Identi
     def identities() -> dict[str, Identity]:
         opened.append(open_data())
         parts = {"training": opened[0].train, "reference": opened[0].bank, "held-out": opened[0].held_out}
-        known = {id(part): identity(part) for part in parts.values() if part is not None}  # two splits can be equal
+        known = {id(part): identity(part) for part in parts.values() if part is not None}  # a source can be two splits
         return {name: known[id(part)] for name, part in parts.items() if part is not None}
 
     fix = "give every machine the same data, with the same names, under data.root, data.more_roots and data.eval_root"

@@ -28,11 +28,11 @@ def initial_file(config: TrainConfig) -> Path:
 def load_initial_weights(config: TrainConfig, method: nn.Module) -> str:
     """Load the weights of `config.init_from` into the encoder and, if there is one, the momentum encoder.
 
-    All weights of the backbone come from the file. If the encoder in the file takes images with another number of
-    channels, the first layer is adapted (`moco.models.first_layer.with_channels_of`). The momentum encoder gets its own
-    weights from a file with both networks. A head whose shapes differ keeps its random weights. If the head is loaded,
-    the predictor and a full queue of the same size are loaded too, because they belong to the head's embedding. No key
-    in the file counts as a key of an image of this run.
+    All weights of the backbone come from the file. The first layer is adapted to another number of channels
+    (`moco.models.first_layer.with_channels_of`), and position embeddings are adapted or replaced for another image size
+    (`with_positions_of`). The momentum encoder gets its own weights from a file with both networks. A head whose shapes
+    differ keeps its random weights. If the head is loaded, the predictor and a full queue of the same size are loaded
+    too, because they belong to the head's embedding. No key in the file counts as a key of an image of this run.
 
     `config.model` describes the network if the file does not.
 

@@ -34,7 +34,7 @@ class Monitor:
     Args:
         labels: the class of each image of the data set, (images,), -1 if unlabeled; None without labels. The
             tensor is on the `float64_device` of the method, where all measures except the losses are computed.
-        keys_per_step: number of keys that a step enqueues, from all ranks and directions.
+        keys_per_step: number of keys that a step enqueues: the global batch size times the views that serve as keys.
         shuffled: whether the step shuffles its keys between BN groups.
         precision: data type of autocast.
         every: steps between two measurements; 0: never.
@@ -122,7 +122,7 @@ class Monitor:
 
         The loss with unshuffled keys is lower if the statistics of a group reveal the positive (He et al., 2020, Sec.
         3.3). The step has computed one of the two losses; the other loss costs a forward pass of the momentum encoder.
-        Return {} if there is no momentum encoder, or if BN does not have several groups.
+        Return {} without a momentum encoder, or without a `GroupedBatchNorm` that has several groups.
         """
         encoder = self._method.momentum_encoder
         if encoder is None:
@@ -153,7 +153,7 @@ def _across_groups(samples: int, group: int) -> NDArray[np.int64] | None:
 
 
 def _newest(queue: KeyQueue) -> Tensor:
-    """Return at most `KEYS` of the newest keys, (M, C), without the random keys of a new queue."""
+    """Return at most `KEYS` of the newest keys, (M, C), without keys whose image is `UNKNOWN`."""
     slots = (queue.count - 1 - torch.arange(min(KEYS, queue.size), device=queue.count.device)) % queue.size
     return queue.keys[slots[queue.index[slots] != UNKNOWN]]
 

@@ -59,8 +59,8 @@ def train_step(
 
     Raises:
         NonFiniteLoss: with `settings.check_finite` or in fp16, on all ranks, if loss or gradient is not finite on any
-            rank; weights, statistics and queue are unchanged. A gradient that overflows in fp16 raises no error, see
-            `_check_finite`.
+            rank; weights, BN's running statistics and queue are unchanged. A gradient that overflows in fp16 raises no
+            error, see `_check_finite`.
     """
     statistics = _copy_statistics(forward) if settings.check_finite or scaler.is_enabled() else None
     for group in optimizer.param_groups:
@@ -84,7 +84,7 @@ def train_step(
     finite = statistics is None or _check_finite(measures["loss"], norm, scaler, statistics)
     if settings.clip_grad:
         torch._foreach_mul_(gradients, (settings.clip_grad / (norm + 1e-6)).clamp(max=1.0))
-    if finite:  # not left to the scaler: a fused optimizer that skips its first step has an uninitialized state
+    if finite:  # do not let the scaler skip: a fused optimizer that skips its first step has an uninitialized state
         scaler.step(optimizer)  # update f_q
     scaler.update()
     if finite:  # one optimizer step = one momentum update = one enqueue

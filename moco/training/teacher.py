@@ -119,7 +119,8 @@ def _from_file(config: TrainConfig) -> tuple[nn.Module, Normalization]:
     projection = method.teacher_features == "projection"
     require(
         not projection or bool(file.head_weights),
-        f"method.teacher_features=projection, but {path} holds no projection head: set it to backbone",
+        f"method.teacher_features=projection, but {path} holds no projection head: set "
+        "method.teacher_features=backbone",
     )
     _check_images(config, file.channels, file.config.get("data", {}).get("dtype", RGB.dtype))
     encoder = build(fit_to_size(file, config.augment.size, "augment.size"))

@@ -110,7 +110,7 @@ class Throughput:
         except (RuntimeError, NotImplementedError) as error:  # an operation without a shape-only implementation
             reason = (str(error).splitlines() or [""])[0]
             log(f"no MFU: the operations of model.backbone={config.model.backbone} cannot be counted ({reason})")
-        # CPUs hardly support float16: its rate there is not the rate of training under autocast.
+        # CPUs hardly support float16: the rate of a float16 product on a CPU is not that of training under autocast.
         measured = "fp32" if device.type == "cpu" and precision == "fp16" else precision
         self._peak = matrix_rate(device, PRECISIONS[measured]) * world_size()
 

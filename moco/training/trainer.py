@@ -338,7 +338,7 @@ class Trainer:
         reason_here = Reason.NOT_SAVED if self.saver.failed() else self.preemption.reason()
         late_here = is_rank_zero() and self.schedule.is_late()
         reason_anywhere, late = divmod(self.delayed_max(2 * reason_here + late_here), 2)  # one reduction for both
-        self.late = bool(late) and not saved  # after a save, the answer is still about the time before it
+        self.late = bool(late) and not saved  # with several ranks, `late` was measured before the save
         if reason := max(reason, reason_anywhere):
             if not saved:
                 self._save(done)  # raises the error of the previous save, on all ranks

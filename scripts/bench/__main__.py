@@ -1,4 +1,4 @@
-"""Benchmarks. Each compares variants that take turns, and prints medians, ratios and the machine; gpu only tests a GPU.
+"""Benchmarks. All but gpu compare variants that take turns, and print medians, ratios and the machine. gpu tests a GPU.
 
 python -m scripts.bench NAME --help
 python -m scripts.bench streamed --data IMAGES --workers 1 2 --markdown

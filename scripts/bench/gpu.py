@@ -1,8 +1,8 @@
 """Test moco on a GPU in at most ten minutes: what only a GPU can show, with pass or fail for each check.
 
 Each part runs in a process of its own, so that a part that fails or hangs does not end the others. --only runs some
-parts. gpu.json and gpu.md in --output hold the result. docs/benchmarks.md names the command of the published accuracy,
-whose 200 epochs take longer.
+parts. gpu.json and gpu.md in --output hold the result. docs/benchmarks.md has the command that reproduces the published
+accuracy; its 200 epochs take longer.
 
 --tiny runs every part on small networks, also on the CPU, to check the command itself. Its times mean nothing.
 """

@@ -28,7 +28,7 @@ class Part(NamedTuple):
 PARTS = {
     "tests": Part(gpu_runs.tests, 40, "the tests that compute on a GPU"),
     "parity": Part(gpu_steps.parity, 55, "the GPU computes what the CPU computes"),
-    "methods": Part(gpu_steps.methods, 25, "so it does for the other methods"),
+    "methods": Part(gpu_steps.methods, 25, "the GPU computes what the CPU computes, for the other methods"),
     "waits": Part(gpu_steps.waits, 20, "the host never waits for the GPU in a step"),
     "sanitizer": Part(gpu_steps.sanitizer, 25, "no races between the streams of step and loader"),
     "precision": Part(gpu_steps.precision, 65, "bfloat16 and compilation keep the gradient"),

@@ -59,7 +59,7 @@ class Recipe:
     """A training step of a recipe on random images, with the arguments of a run of moco.train."""
 
     def __init__(self, overrides: list[str], setting: Setting, device: torch.device | None = None) -> None:
-        """Build the step. `device` is another one than the setting's."""
+        """Build the step. `device`, if given, replaces the setting's."""
         self.config, self.device = train_config(overrides), device or setting.device
         config = self.config
         if config.compile:

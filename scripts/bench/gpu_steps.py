@@ -72,7 +72,7 @@ def parity(setting: Setting) -> Iterator[Check]:
 
 
 def methods(setting: Setting) -> Iterator[Check]:
-    """Compare steps of the methods that `parity` lacks on the GPU with those on the CPU, in float32."""
+    """Compare steps on the GPU with those on the CPU, in float32, for the methods that `parity` does not run."""
     with tempfile.TemporaryDirectory() as folder:
         teacher, config = Path(folder, "teacher.safetensors"), train_config(["experiment=digits"])
         torch.manual_seed(1)
@@ -159,7 +159,7 @@ def precision(setting: Setting) -> Iterator[Check]:
 
 def cifar(setting: Setting) -> Iterator[Check]:
     """Measure the step of the CIFAR-10 notebook: time, launches, idle share of the GPU."""
-    for what, rehearsed in LAUNCHES.items():
+    for what, emulated in LAUNCHES.items():
         if setting.tiny and what != "compile=false":
             continue
         recipe = Recipe(["experiment=cifar10_notebook", *what.split()], setting)
@@ -169,9 +169,9 @@ def cifar(setting: Setting) -> Iterator[Check]:
         yield Check(f"{what}: seconds an epoch, without views and evaluation", f"{each * steps / 1e3:.2f}")
         kernels, launches, busy = profiled(recipe.step, setting.device)
         if "graph" in what:
-            yield below(f"{what}: launches a step (rehearsed: {rehearsed})", launches, rehearsed + GRAPH_LAUNCHES)
+            yield below(f"{what}: launches per step (emulated: {emulated})", launches, emulated + GRAPH_LAUNCHES)
         else:
-            yield below(f"{what}: kernels a step (rehearsed: {rehearsed})", kernels, rehearsed + LIBRARY_KERNELS)
+            yield below(f"{what}: kernels per step (emulated: {emulated})", kernels, emulated + LIBRARY_KERNELS)
         if setting.device.type == "cuda":
             yield Check(f"{what}: share of the step in which the GPU computes", f"{100 * busy / each:.0f} %")
 

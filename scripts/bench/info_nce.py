@@ -93,7 +93,7 @@ def peak(n: int, task: str, chunk: int, variant: str) -> float:
 
 
 def peak_in_fresh_process(n: int, task: str, chunk: int, variant: str) -> float:
-    """Run `peak` in a fresh process. Its malloc returns freed memory to the system, so that the peak counts all."""
+    """Run `peak` in a fresh process. Its malloc returns freed memory to the system: reused memory would not count."""
     command = [sys.executable, "-m", "scripts.bench.info_nce", str(n), task, str(chunk), variant]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)

@@ -1,7 +1,7 @@
-"""A training step of this project, compared with a plain implementation: MoCo with grouped BN on CIFAR.
+"""A training step of this project, compared with a plain implementation: MoCo with grouped BN on CIFAR-sized views.
 
-The plain step follows the paper's Algorithm 1 directly: float32, contiguous memory, eager, logits as one matrix, the
-default allocator. Both train ResNet-18 with the CIFAR stem on the same random views.
+The plain step follows the paper's Algorithm 1 directly: float32, contiguous memory, eager, logits as one matrix. Both
+train ResNet-18 with the CIFAR stem on the same random views.
 
 --compile adds the compiled step, which takes minutes to start.
 """

@@ -1,4 +1,4 @@
-"""Two views of images in memory, with the CIFAR-10 notebook's recipe: this project's resident path, and PIL transforms.
+"""Two views of images in memory, with the CIFAR-10 notebook's recipe: this project's loader, and PIL transforms.
 
 --data is a folder of images of one size, such as CIFAR-10's. Both variants return batches of normalized float views.
 """

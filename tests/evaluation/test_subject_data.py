@@ -137,7 +137,7 @@ def test_another_split_than_that_of_the_run_is_reported_as_seen(tmp_path: Path) 
     assert (len(bank), len(held_out)) == (6, 2)
     assert described(config, bank, held_out)["data"]["held_out_seen"] is False
     config.data.label_file = str(tables[1])
-    with pytest.warns(RunWarning, match=r"data\.label_file=.*other\.csv with another split .* trained on, without"):
+    with pytest.warns(RunWarning, match=r"data\.label_file=.*other\.csv, whose split is not .* trained on, without"):
         bank, held_out = open_labeled(config, open_subject(config))
     assert described(config, bank, held_out)["data"]["held_out_seen"] is True
 

@@ -16,7 +16,6 @@ from moco.builder import KeyQueue, MoCo
 from moco.config import ConfigError, TrainConfig
 from moco.config.convert import ConvertConfig, check_convert
 from moco.config.data import SubjectDataConfig
-from moco.config.data import SubjectDataConfig
 from moco.evaluation.features import Network
 from moco.interop.convert import ConversionError, convert_encoder, write_and_compare
 from moco.interop.encoder_file import EncoderFile, build, read_encoder, save_encoder

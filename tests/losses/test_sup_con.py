@@ -189,7 +189,7 @@ def test_base_temperature_is_a_factor() -> None:
     [
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
         ({"embeddings": unit(2, N, C, seed=0)}, r"embeddings \(2, 4, 5\), others \(3, 6, 5\) must have"),
-        ({"offset": 3}, r"offset=3 must be 0 \.\.\. 2: the position in others"),
+        ({"offset": 3}, r"offset=3 must be 0 \.\.\. 2: the position of the first sample"),
         ({"offset": -1}, r"offset=-1 must be 0 \.\.\. 2"),
         ({"labels": LABELS[:N]}, r"labels \(4,\) must have shape \(6,\): those of the global batch"),
         ({"labels": LABELS, "mask": coins(N, M, seed=0)}, "labels and mask"),

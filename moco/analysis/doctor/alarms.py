@@ -79,8 +79,8 @@ def temperature_too_high(series: Series, facts: Facts) -> Alarm | None:
     return Alarm("temperature too high", evidence, "method.temperature=0.1 to 0.2 (below 1 in any case)")
 
 
-# Share of the queries with their own key among the negatives. If keys are enqueued before the loss is computed, these
-# are all queries. When embeddings begin to collapse, these are only some queries: some other keys equal their key.
+# Share of the queries with their own key among the negatives. It is 1 if keys are enqueued before the loss is computed.
+# It is also above 0, but below 1, when embeddings begin to collapse: some negatives then equal the query's own key.
 MAX_DUPLICATES = 0.1
 LOG_2_MARGIN = 0.05  # nats above log 2 that the other negatives may still add in a well-trained run
 SOLVED = 0.99  # share of the queries that find their key; without shuffling over 0.999 (He et al., 2020, Fig. A.1)

@@ -165,7 +165,7 @@ def choose(config: ChooseConfig) -> list[Point]:
     write_json(output / RESULTS, results)
     log(f"results: {output / RESULTS}")
     labeled = bool(points[0].accuracies)
-    best = chosen(points, "rank_me")  # even with labels: their held-out images must not choose the checkpoint
+    best = chosen(points, "rank_me")  # even with labels: the held-out images must not choose the checkpoint
     needed = fields_to_repeat(asdict(data_config(subject, opened)), in_run_directory(Path(best.file)))
     following = SubjectConfig(checkpoint=best.file, data=replace(config.data, **needed))
     used = command("moco.embed", following, output=str(output / "features"))
@@ -214,7 +214,7 @@ def _refuse_different_data(files: Mapping[str, Sequence[Path]], config: ChooseCo
     given = config.data.overrides()
     name = given.get("name", "")
     if "root" in given or (name in SOURCES and not SOURCES[name].root):
-        return first  # the other fields of the runs have no effect
+        return first  # the data fields of the other runs are not used
     of_first = read_encoder(files[first][-1]).config["data"]
     for run in others:
         own = read_encoder(files[run][-1]).config["data"]
