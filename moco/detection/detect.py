@@ -215,7 +215,7 @@ def _identity(run: Detection, name: str, seed: int) -> dict[str, Any]:
         del settings[each]
     views = run.training(name).views
     settings |= {"mean": list(views.mean), "std": list(views.std), "classes": list(run.train.classes)}
-    images = [[each.path, *_about(each)] for each in run.train.images]
+    images = [[each.path, *size_and_time(each.path), *_about(each)] for each in run.train.images]
     weights = weights_digest(run.files[name], "backbone")
     untrained = name == "untrained"
     return {"settings": settings, "untrained": untrained, "seed": seed, "images": images, "weights": weights}
@@ -239,7 +239,7 @@ def _save(run: Detection, name: str, network: nn.Module, folder: Path) -> None:
 
 
 def _settings(config: DetectConfig) -> dict[str, Any]:
-    """Return the settings without the fields of the encoder, the data and their preparation."""
+    """Return the settings without those of the encoder, the data and the normalization."""
     return {name: value for name, value in own_settings(config).items() if name not in ("boxes", "mean", "std")}
 
 

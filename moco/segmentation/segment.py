@@ -220,7 +220,7 @@ def _identity(run: Segmentation, name: str, seed: int) -> dict[str, Any]:
     settings = _settings(run.config)
     del settings["seeds"], settings["encoders"]
     settings |= {"classes": len(run.train.classes), "ignore": run.config.masks.ignore}
-    pairs = [list(pair) for pair in run.train.pairs]
+    pairs = [[(path, *size_and_time(path)) for path in pair] for pair in run.train.pairs]
     crops = run.training(name).crops
     settings |= {"mean": list(crops.mean), "std": list(crops.std)}
     weights, untrained = weights_digest(run.files[name], "backbone"), name == "untrained"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -188,8 +188,8 @@ def test_boxes_that_were_left_out_are_recorded(canvases: Path, run: Run) -> None
     assert len(placed(entries + json.loads((canvases / "out/results.json").read_text()))) == 1  # of an earlier version
 
 
-def test_the_same_command_on_other_boxes_does_not_resume(canvases: Path, run: Run) -> None:
-    """The saved state is recognized by settings, weights and boxes."""
+def test_the_same_command_on_other_boxes_or_images_does_not_resume(canvases: Path, run: Run) -> None:
+    """The saved state is recognized by settings, weights, boxes and images."""
     arguments = ("detect", *ENCODER, *SMALL, *STEPS, "encoders=[pretrained]", "steps=1", "output=out")
     assert run(*arguments)[0] == 0
     path = canvases / "c/train/boxes.json"
@@ -201,6 +201,11 @@ def test_the_same_command_on_other_boxes_does_not_resume(canvases: Path, run: Ru
         status, out, _ = run(*arguments)
         assert status == 0
         assert "already trained" not in out
+    image = min((canvases / "c/train/images").iterdir())
+    with Image.open(image) as picture:
+        inverted = ImageOps.invert(picture.convert("RGB"))
+    inverted.save(image)
+    assert "already trained" not in run(*arguments)[1]
 
 
 def test_the_results_are_printed_if_the_disk_becomes_full(

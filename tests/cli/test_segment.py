@@ -84,6 +84,16 @@ def test_another_normalization_or_number_of_classes_is_another_training(canvases
     assert len(list((canvases / "out/segment").glob("state_*.pt"))) == 3
 
 
+def test_a_changed_mask_is_another_training(canvases: Path, run: Run) -> None:
+    settings = ("segment", *ENCODER, *SMALL, NAMED, "encoders=[pretrained]", "output=out", "steps=2")
+    assert run(*settings)[0] == 0
+    mask = min((canvases / "c/train/masks").glob("*.png"))
+    Image.fromarray(np.ones((24, 24), np.uint8)).save(mask)
+    status, out, err = run(*settings)
+    assert status == 0, err
+    assert "already trained" not in out
+
+
 def test_a_network_that_predicts_one_class_is_reported(canvases: Path, run: Run) -> None:
     two = ("masks.classes=[background,digit]", "lr=0.1", "head=linear")
     for split in ("train", "test"):  # every pixel but one is background
