@@ -16,7 +16,9 @@ from moco.data.duplicates import copies_in, split_groups
 from moco.data.opening import opening_lines
 from moco.data.sources import load_source
 from moco.data.video import VideoSource, video_of
+from moco.evaluation.seen import held_out_seen
 from moco.evaluation.subsets import SubsetError, split_each_class
+from moco.interop.encoder_file import EncoderFile
 from tests.data.images import names
 from tests.data.packed import packed
 from tests.data.videos import lossless, number_in, opened, two_classes, write_video
@@ -40,6 +42,9 @@ def test_folders_are_classes_and_eval_root_is_held_out(tmp_path: Path) -> None:
     assert sources.held_out.labels.tolist() == [0] * 3 + [1] * 3
     assert names(sources.held_out)[:2] == ["cat/0.mkv@0.000", "cat/0.mkv@0.040"]
     assert copies_in(sources.train, sources.held_out).tolist() == list(range(6))  # each shows a training video
+    trained_on = EncoderFile("", "", "", {}, {}, config={"data": {"name": "video", "root": str(test)}})
+    assert held_out_seen(config, 0.0, trained_on, sources.held_out)
+    assert not held_out_seen(config, 0.0, trained_on, sources.train)
 
 
 def test_a_label_file_has_one_row_per_video(tmp_path: Path) -> None:
