@@ -9,6 +9,17 @@ from moco.config.base import bounded, require
 
 Schema = TypeVar("Schema")
 FOLDERS = ("folder", "video")  # data sets of files below data.root; labels come from folder names or data.label_file
+# For each field that only some of moco's data sets use, the names of these data sets.
+USERS = {
+    "labels": FOLDERS,
+    "subset": ("huggingface",),
+    "image_column": ("huggingface",),
+    "label_column": ("huggingface",),
+    "length": ("webdataset",),
+    "shuffle_buffer": ("webdataset",),
+    "allow_pipe": ("webdataset",),
+}
+OF_MOCO = ("digits", "cifar10", "cifar100", "stl10", "imagenet", "shards", "huggingface", "webdataset", *FOLDERS)
 
 
 @dataclass
@@ -49,8 +60,8 @@ class SourceConfig:
     have the same size."""
     bits: int | None = bounded(None, ge=8, le=16)
     """For images with 16 bits per channel and dtype=uint8: the number of significant bits (12: 0 ... 4095 becomes black
-    ... white). Null: the smallest of 8, 10, 12, 14 and 16 that holds the values of 32 images from all parts of the data
-    set; for `webdataset` 16."""
+    ... white). Null: the smallest of 8, 10, 12, 14 and 16 that holds the values of 32 evenly spaced training images;
+    for `webdataset` 16."""
     channels: int = bounded(3, ge=1, le=4096)
     """Channels of each image. 3: red, green and blue; 1: gray (with dtype=uint8, color is converted); other numbers:
     the bands of TIFF, NPY and NPZ files, for `folder`, `shards`, `huggingface` and `webdataset`. Except
@@ -77,8 +88,8 @@ class SourceConfig:
     image_column: str = ""
     """For `huggingface`: the column of images; empty: the only column of images."""
     label_column: str = ""
-    """For `huggingface`: the column of labels, or `none` to ignore labels; empty: the column of class labels, if
-    exactly one column has such labels. A label is a text, a whole number, true or false. An image whose label is
+    """For `huggingface`: the column of labels, or `none` to ignore labels; empty: the only column of class labels, or
+    no labels if there is no such column. A label is a text, a whole number, true or false. An image whose label is
     missing, empty, NaN or -1 is unlabeled. A split in which only some images are unlabeled is refused. In a column of
     lists, an image has any number of labels."""
 
@@ -124,16 +135,16 @@ class SubjectDataConfig(SourceConfig):
     """The images that a command uses and, if it needs them, their labels. A null field has the run's value.
 
     If name or root is set to another value than the run's, the null fields have the defaults of `DataConfig` instead,
-    except name, channels, dtype, bits and preview. For bits and workers, the value can itself be null, as described
-    there. A checkpoint outside of a run directory provides no paths: set root (except for
-    digits) and, where they are needed, label_file, eval_root and more_roots.
+    except name, channels, dtype, bits and preview. If bits or workers is still null then, null has the meaning that is
+    given with the field. A checkpoint outside of a run directory provides no paths: set root (except for digits) and,
+    where they are needed, label_file, eval_root and more_roots.
     """
 
     hold_out: float = bounded(0.0, ge=0, lt=1)
     """For evaluations with labels, on data without a held-out split: the fraction of each class to hold out; 0: refuse
     such data. Copies of an image are all held out or all used for training; the same applies to the frames of a video.
-    Data whose labels the encoder was trained with cannot be split in this way. moco.choose, moco.embed, moco.report and
-    moco.search refuse this field."""
+    Data whose labels the encoder was trained with cannot be split in this way. moco.choose, moco.convert, moco.embed,
+    moco.report and moco.search refuse this field."""
 
     def overrides(self) -> dict[str, Any]:
         """Return all fields that are not null, except hold_out."""
@@ -197,6 +208,11 @@ def check_data_fields(data: DataConfig) -> None:
     require(data.frame_interval == DataConfig.frame_interval or data.name == "video", f"{problem}: remove it")
     if data.name == "digits":
         _check_digits(data)
+    if data.name in OF_MOCO:  # a data set of a plug-in can use every field
+        for each in fields(DataConfig):
+            value, users = getattr(data, each.name), USERS.get(each.name, OF_MOCO)
+            problem = f"data.{each.name}={value} works with data.name={' or '.join(users)} only, not with {data.name}"
+            require(data.name in users or value == each.default, f"{problem}: remove it")
     if data.label_file:
         problem = f"data.label_file={data.label_file!r}"
         require(data.name in FOLDERS, f"{problem} {only}")

@@ -1,4 +1,4 @@
-"""The fields shared by all commands that evaluate or use an encoder: which encoder, and which data."""
+"""The fields that several commands share: the encoder to evaluate or use, and its data."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,8 +38,8 @@ class EncoderConfig(ComputeConfig):
     weights: str = bounded("encoder", choices=("encoder", "momentum_encoder"))
     """The encoder of the checkpoint to use: encoder, or momentum_encoder if the checkpoint holds one."""
     backbone: str | None = None
-    """The architecture of the backbone, a value of model.backbone, if the file does not name it. Null: the architecture
-    that the file names."""
+    """The architecture of the backbone, a value of model.backbone. Null: the architecture that the file names. For a
+    checkpoint of moco.train, no other architecture can be set, nor other `options`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the backbone's constructor, each as +options.NAME=VALUE. Empty: the arguments saved in the
     checkpoint, if it has any."""
@@ -59,7 +59,7 @@ class SubjectConfig(EncoderConfig):
     """Images per forward pass of the frozen encoder. It affects memory, not results."""
     precision: str = bounded("fp32", choices=("fp32", "bf16"))
     """Number format in which the encoder computes. bf16 (bfloat16) is faster on GPUs and CPUs that have units for it;
-    it rounds to 8 bits, so results differ slightly from those in fp32."""
+    it rounds to 8 significant bits, so results differ slightly from those in fp32."""
     on_bad_image: str = bounded("stop", choices=("stop", "skip"))
     """On unreadable images: stop (the command ends and names the image), or skip (they are left out and listed)."""
     data: SubjectDataConfig = field(default_factory=SubjectDataConfig)

@@ -119,7 +119,11 @@ def open_encoder(config: EncoderConfig) -> EncoderFile:
     path = local_file(config.checkpoint, "checkpoint")
     if path.is_dir():
         raise ConfigError(folder_message(path, "checkpoint"))
-    return read_encoder(path, config.weights, config.backbone, config.options or None)
+    file = read_encoder(path, config.weights, config.backbone, config.options or None)
+    same = file.backbone == (config.backbone or file.backbone) and config.options.items() <= file.options.items()
+    given = " and ".join(f"{name}={value}" for name in ("backbone", "options") if (value := getattr(config, name)))
+    require(same, f"{path} ({file.layout}) has backbone={file.backbone} with options={file.options}: remove {given}")
+    return file
 
 
 def _is_readable(file: Path, weights: str) -> bool:

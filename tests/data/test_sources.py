@@ -3,7 +3,9 @@
 import os
 import pickle
 import tarfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 
 from moco.config import ConfigError, DataConfig
+from moco.config.data import OF_MOCO
 from moco.data.decode import ImageError
 from moco.data.sources import SOURCES, ArraySource, Source, load_source, refuse_output_inside
 from tests.data.images import names, write_image
@@ -72,6 +75,24 @@ def test_an_unknown_name_is_refused() -> None:
 def test_an_empty_root_is_refused(name: str) -> None:
     with pytest.raises(FileNotFoundError, match=r"data\.root is empty"):
         load_source(DataConfig(name, ""))
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("cifar10", "labels", "folder"),
+        ("folder", "label_column", "label"),
+        ("shards", "subset", "en"),
+        ("video", "image_column", "image"),
+        ("imagenet", "length", 9),
+        ("huggingface", "shuffle_buffer", 9),
+        ("stl10", "allow_pipe", True),
+    ],
+)
+def test_a_field_of_other_data_sets_is_refused(name: str, field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.{field}={value} works with data\.name=.* only, .*{name}: remove it"):
+        load_source(replace(DataConfig(name, "there"), **{field: value}))
+    assert set(OF_MOCO) == set(SOURCES)
 
 
 def test_real_cifar_jpegs(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ import pytest
 from torchvision import datasets
 
 from moco.config import ConfigError
+from moco.data.folder import FolderSource
 from moco.data.transfer_sets import SETS, VOC_CLASSES, download, open_splits
+from moco.evaluation.transfer_data import Part, Splits
 from tests.data.images import gradient
 
 
@@ -116,3 +118,16 @@ def test_pets_and_caltech_have_files_and_labels(tmp_path: Path) -> None:
     assert labels.tolist() == [0] * 4 + [1] * 4
     assert source.name(4).endswith("bass/image_0001.jpg")
     assert source.image(7).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("classes", [("pink primrose", "alpine sea holly"), ("a", "b")])
+def test_training_and_validation_images_keep_the_class_numbers_of_the_test_images(classes: tuple[str, ...]) -> None:
+    def part(labels: list[int]) -> Part:
+        paths = np.array([b"%d.png" % number for number in range(len(labels))])
+        return Part(FolderSource("", paths, np.array(labels), classes), np.array(labels))
+
+    splits = Splits(part([1, 0, 1]), part([0, 1]), part([0]), "top1")
+    joined = splits.labeled()
+    assert joined.classes == splits.test.source.classes
+    assert joined.labels is not None
+    assert joined.labels.tolist() == [1, 0, 1, 0, 1]

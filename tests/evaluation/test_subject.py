@@ -89,6 +89,15 @@ def test_the_output_of_a_file_is_a_directory_of_its_name(tmp_path: Path) -> None
     assert open_subject(SubjectConfig(checkpoint=str(path), output="there")).output == Path("there")
 
 
+@pytest.mark.parametrize("given", [{"backbone": "resnet50"}, {"options": {"width": 9}}])
+def test_another_network_than_that_of_a_checkpoint_is_refused(given: dict[str, Any], tmp_path: Path) -> None:
+    (path,) = (trained(tmp_path / "run") / "checkpoints").glob("step_*.pt")
+    right = open_subject(SubjectConfig(checkpoint=str(path))).file
+    open_subject(SubjectConfig(checkpoint=str(path), backbone=right.backbone, options=right.options))
+    with pytest.raises(ConfigError, match=r"\(checkpoint of moco\.train\) has backbone=convnet .*: remove \w+="):
+        open_subject(SubjectConfig(checkpoint=str(path), **given))
+
+
 def test_the_output_of_an_encoder_of_ours_is_its_own_directory(tmp_path: Path) -> None:
     subject = open_subject(SubjectConfig(run=str(trained(tmp_path / "run"))))
     (tmp_path / "supervised").mkdir()

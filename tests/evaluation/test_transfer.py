@@ -20,12 +20,11 @@ from moco.config import ConfigError
 from moco.config.finetune import FinetuneConfig
 from moco.config.transfer import TransferConfig, check_transfer
 from moco.data.decode import ImageError
-from moco.data.folder import FolderSource
 from moco.evaluation.features import Inference, extract
 from moco.evaluation.finetune import evaluate_finetune
 from moco.evaluation.logistic_regression import STRENGTHS
 from moco.evaluation.subject import open_subject
-from moco.evaluation.transfer_data import Part, Splits, open_set
+from moco.evaluation.transfer_data import open_set
 from moco.evaluation.transfer_measures import class_mean_half_width
 from moco.evaluation.transfer_results import result_file
 from moco.files import WriteError
@@ -205,19 +204,6 @@ def test_fine_tuning_equals_that_of_moco_finetune(tmp_path: Path) -> None:
     for each in expected:
         assert result.encoders[each.encoder]["value"] == pytest.approx(each.top1)
         assert result.encoders[each.encoder]["training"]["images"] == 36 + 8
-
-
-@pytest.mark.parametrize("classes", [("pink primrose", "alpine sea holly"), ("a", "b")])
-def test_training_and_validation_images_keep_the_class_numbers_of_the_test_images(classes: tuple[str, ...]) -> None:
-    def part(labels: list[int]) -> Part:
-        paths = np.array([b"%d.png" % number for number in range(len(labels))])
-        return Part(FolderSource("", paths, np.array(labels), classes), np.array(labels))
-
-    splits = Splits(part([1, 0, 1]), part([0, 1]), part([0]), "top1")
-    joined = splits.labeled()
-    assert joined.classes == splits.test.source.classes
-    assert joined.labels is not None
-    assert joined.labels.tolist() == [1, 0, 1, 0, 1]
 
 
 @pytest.mark.parametrize(
