@@ -29,9 +29,12 @@ def check_against_data(config: TrainConfig, plan: Plan, sources: Sources | None 
     Raises:
         ConfigError: if an epoch has less than one batch, or if a field needs labels that the images do not have.
     """
-    _, smaller = batch_for(plan.length, *_divisors(config))
+    _, smaller = batch_for(plan.samples_per_epoch, *_divisors(config))
     fix = f"set {smaller}" if smaller else "add images"
-    error = f"batch_size={config.batch_size} exceeds the {plan.length} images of data.name={config.data.name}"
+    samples = f"{plan.length} images of data.name={config.data.name}"
+    if plan.draws:
+        samples = f"{plan.samples_per_epoch} samples of an epoch (data.weights={config.data.weights})"
+    error = f"batch_size={config.batch_size} exceeds the {samples}"
     if plan.length < FEW_IMAGES and not config.starts_trained:
         error += ", which are too few to train an encoder from random weights"
         fix = f"use published weights (docs/howto/own_images.md), or to train nevertheless, {fix}"

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -175,6 +176,11 @@ def test_a_warm_up_longer_than_training_warns() -> None:
 def test_less_than_a_batch_of_images_is_refused() -> None:
     with pytest.raises(ConfigError, match="batch_size=64 exceeds the 63 images"):
         check_against_data(config(), plan(63))
+    made = config()
+    made.data.weights = [0.01, 0.01]
+    drawn = replace(plan(2000), draws=((1000, 10), (1000, 10)))
+    with pytest.raises(ConfigError, match=r"exceeds the 20 samples of an epoch \(data\.weights=.*: set batch_size=16 "):
+        check_against_data(made, drawn)
 
 
 def test_the_second_view_differs_in_the_configured_fields() -> None:
