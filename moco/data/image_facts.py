@@ -27,7 +27,7 @@ ODDITIES = {
     "CMYK": "converted to RGB without its color profile; with data.channels=4, read as four bands",
     "palette": "converted to RGB",
     "transparent": "put on a white background; a band that a TIFF marks as alpha, such as infrared, counts as opacity",
-    "extra band": "the last band is not used",
+    "extra band": "the bands after its color or gray are not used",
     "rotated by EXIF": "used upright",
     "white is zero": "inverted, so that black is zero",
     "several frames": "the first one is used; with other data.channels or data.dtype, pages of a TIFF are bands",
@@ -174,7 +174,7 @@ def _pil_header(data: bytes, pages: list[Page], pixel_format: PixelFormat) -> tu
             "CMYK": image.mode == "CMYK",
             "palette": image.mode in ("P", "PA") and image.format != "GIF",  # every GIF has a palette
             "transparent": transparent,
-            "extra band": bands == len(image.getbands()) + 1,
+            "extra band": bands > len(image.getbands()),
             "rotated by EXIF": orientation_of(image, data) in range(2, 9),
             "several frames": image.format != "MPO" and frames > 1 and not bands_in_pages,
         }

@@ -1,5 +1,6 @@
 """Open a run's data set from the configuration, describe what it contains, and build its views."""
 
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
@@ -180,7 +181,9 @@ def build_views(config: AugmentConfig, data: DataConfig | None = None) -> list[V
         except ConfigError:  # about the normalization or the steps of plug-ins; its message names the field
             raise
         except (ValueError, TypeError) as error:
-            named = str(error).replace("crop_scale", "small_scale") if len(recipes) > 1 else error
+            named = str(error)
+            if len(recipes) > 1:
+                named = re.sub("^size", "small_size", named.replace("crop_scale", "small_scale"))
             raise ConfigError(f"augment.{named}") from error
     full = [recipes[view % 2] for view in range(config.views)]
     return full + [recipes[2 + view % 2] for view in range(config.small_views)]

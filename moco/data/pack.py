@@ -64,10 +64,11 @@ def _pack(config: PackConfig, output: Path) -> None:
     data = replace(config.data, resident=False)  # packing needs only a few images in memory at a time
     refuse_output_inside(data, "output", output)
     sources = open_sources(data, bank_size=0, keep_unreadable=True)
+    without = "set data.label_column=none" if data.name == "huggingface" else "return no labels from the data set"
     require(
         sources.train.multi_labels is None,
         f"data.name={data.name}: shards hold one label per image, and these images can have several; to pack them "
-        f"without labels, {'remove data.label_file' if data.label_file else 'set data.label_column=none'}",
+        f"without labels, {'remove data.label_file' if data.label_file else without}",
     )
     bank = None if sources.bank is sources.train else sources.bank
     named = zip(SPLITS, (sources.train, bank, sources.held_out), strict=True)
@@ -254,7 +255,7 @@ def growth_note(config: PackConfig, before: int, after: int, images: int) -> str
         return ""
     size = before / images
     if size < _TINY:
-        return f": a tar adds 1 to 2 kB to each image, and these have {size:,.0f} bytes on average"
+        return f": a tar adds 0.5 to 2 kB to each image, and these have {size:,.0f} bytes on average"
     return ": NPY files are not compressed" * (
         not PixelFormat(config.data.channels, config.data.dtype).is_8bit_gray_or_rgb
     )

@@ -49,8 +49,9 @@ def refuse_difference(
     which = f"was made with experiment={recipe}" if recipe != config.get("recipe") and recipe else ""
     first = f"the other fields of its first command ({path / 'config.yaml'} holds all values)"
     fix = f"add experiment={recipe} and {first}" if which else "restore those values"
-    encoder = path / "encoder.safetensors"  # of a finished run
-    from_encoder = f" (to train longer, add {override('init_from', encoder)})" if encoder.exists() else ""
+    checkpoints, from_encoder = list_checkpoints(path / "checkpoints"), ""
+    if (path / "encoder.safetensors").exists() and checkpoints:  # a finished run
+        from_encoder = f" (to train longer, add {override('init_from', checkpoints[0])})"
     raise ConfigError(
         f"run={path} {which or 'holds a run with another configuration'}: {named}. To resume it, {fix}; to start "
         f"another run, set run=DIR{from_encoder}"
@@ -203,7 +204,7 @@ def _is_usable(path: Path) -> bool:
 
 
 def _renamed(path: Path) -> str:
-    """Return the message for a run whose checkpoints all have names that moco does not give; "" for another run."""
+    """Return the message for a run whose checkpoints all have names other than step_NUMBER.pt; "" for another run."""
     files = sorted((path / "checkpoints").glob("*.pt"))
     if not files or list_checkpoints(path / "checkpoints"):
         return ""

@@ -74,6 +74,13 @@ class LiveEvaluation:
         count = f"{used:,} images" if used == self._plan.length else f"{used:,} of the {self._plan.length:,} images"
         return f"two crops of an image find each other among {count} (± standard error)"
 
+    @property
+    def memory_fix(self) -> str:
+        """What to change if an evaluation needs more memory than there is."""
+        if self.measure == "knn":
+            return f"set evaluate.batch_size below {self._config.evaluate.batch_size}, or a smaller evaluate.bank_size"
+        return f"set batch_size below {self._config.batch_size}"
+
     def _noise(self) -> str:
         """Return the largest possible standard error of a kNN accuracy, as text; "" below one point."""
         held_out = self._sources.held_out

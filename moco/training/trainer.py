@@ -98,7 +98,7 @@ class Trainer:
         self.plan = Plan(len(train), config.batch_size, config.epochs, config.seed, *ranks, train.draws)
         check_against_data(config, self.plan, self.sources)
 
-        # The method and its optimizer, restored from the newest checkpoint. Each step sets the learning rate.
+        # The precision, the peak learning rate, and the method, restored from the newest checkpoint.
         self.method = build.make_method(config, self.sources.train.labels, device)
         self.lock = build.open_directory(config)
         state = build.load_state(config)
@@ -122,7 +122,7 @@ class Trainer:
         self.commit = commit() if is_rank_zero() else None
         self.profile: Profile | None = None
 
-        # Training, its checks, and its evaluations.
+        # Training, its checks, and its evaluations. Each step sets the learning rate of the optimizer.
         self.forward = build.distribute(config, self.method, device)  # DDP copies rank 0's buffers to all ranks
         self.optimizer = build.make_optimizer(config, self.method, state)
         restore_running_statistics(self.method, state.get("statistics"))
@@ -364,8 +364,7 @@ class Trainer:
     def _evaluate(self, done: int) -> None:
         """Evaluate the encoder after `done` steps."""
         self.guard.check_pending()
-        fix = f"set evaluate.batch_size below {self.config.evaluate.batch_size}, or a smaller evaluate.bank_size"
-        with explain_out_of_memory(self.device, fix), averaged_running_statistics(self.method):
+        with explain_out_of_memory(self.device, self.live.memory_fix), averaged_running_statistics(self.method):
             results, line = self.live.evaluate(done)
         self._record(done, results)
         self.display.log(line)

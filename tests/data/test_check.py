@@ -57,7 +57,7 @@ def test_every_planted_fault_is_found(workers: int, tmp_path: Path, capsys: pyte
     (root / "nowhere.png").symlink_to(root / "gone.png")
     (root / "up").symlink_to(tmp_path)
     report = checked(
-        tmp_path / "report.json", r"9 of the 29 training images .*report\.json", root=str(root), workers=workers
+        tmp_path / "report.json", r"9 of the 30 training images .*report\.json", root=str(root), workers=workers
     )
     wanted: dict[str, list[str]] = {"broken link": ["circle", "nowhere.png"], "unsupported": ["bands.tif"]}
     for name, (_, kind) in (unreadable_files() | odd_files()).items():
@@ -68,14 +68,14 @@ def test_every_planted_fault_is_found(workers: int, tmp_path: Path, capsys: pyte
         kind: sorted(each) for kind, each in wanted.items()
     }
     assert all(entry["count"] == len(entry["files"]) for entry in found.values())
-    assert report["pictures"] == 29
+    assert report["pictures"] == 30
     assert report["unreadable"]["broken link"]["files"] == [
         {"path": str(root / "nowhere.png"), "reason": f"a link to {root}/gone.png: No such file or directory"},
         {"path": str(root / "circle"), "reason": f"a link to {root}/circle, ignored"},
     ]
     assert report["ignored"] == {".txt": 1, "without ending": 1, "hidden": 1, ".heic": 1}
     assert report["formats"]["JPEG CMYK"] == 1
-    assert sum(report["formats"].values()) == 20
+    assert sum(report["formats"].values()) == 21
     printed = capsys.readouterr().out
     assert all(kind in printed for kind in wanted)
     assert "ignored: .txt" in printed

@@ -37,15 +37,15 @@ def tiff(
     width: int,
     height: int,
     bands: int,
-    extra: int | None = None,
+    extra: int | tuple[int, int] | None = None,
     bits: int = 8,
     content: bytes = b"",
     photometric: int | None = None,
 ) -> bytes:
-    """Make an uncompressed TIFF of a kind that PIL cannot write; `extra` is the tag ExtraSamples of its last band."""
+    """Make an uncompressed TIFF of a kind that PIL cannot write; `extra` is the tag ExtraSamples of its last bands."""
     size = width * height * bands * bits // 8
     color = (2 if bands > 2 else 1) if photometric is None else photometric
-    tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, color)]
+    tags: list[tuple[int, int, Any]] = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, color)]
     tags += [(273, 4, 0), (277, 3, bands), (278, 4, height), (279, 4, size), (284, 3, 1)]
     tags += [] if extra is None else [(338, 3, extra)]
     after = 8 + 2 + 12 * len(tags) + 4
@@ -57,6 +57,8 @@ def tiff(
             out += struct.pack("<HHII", tag, kind, bands, after)
         elif tag == 258:
             out += struct.pack("<HHI4s", tag, kind, bands, many.ljust(4, b"\0"))
+        elif isinstance(value, tuple):
+            out += struct.pack("<HHIHH", tag, kind, 2, *value)
         else:
             out += struct.pack("<HHII", tag, kind, 1, start if tag == 273 else value)
     return out + bytes(4) + many + (content or bytes(i * 7 % 256 for i in range(size)))
@@ -104,6 +106,7 @@ def odd_files() -> dict[str, tuple[bytes, str]]:
         "thumbnail.tif": (encoded(noise(5, 9, 9), "TIFF", save_all=True, append_images=[noise(6)]), "several sizes"),
         "infrared.tif": (tiff(9, 9, 4, extra=2), "transparent"),
         "fourth.tif": (tiff(9, 9, 4, extra=0), "extra band"),
+        "fifth.tif": (tiff(9, 9, 5, extra=(0, 0)), "extra band"),
         "dot.png": (encoded(noise(height=1, width=1), "PNG"), "tiny"),
         "ribbon.png": (encoded(Image.new("RGB", (30_000, 20), "red"), "PNG"), "long"),
         "liar.jpg": (encoded(noise(2), "PNG"), "misnamed"),

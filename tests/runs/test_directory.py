@@ -132,7 +132,7 @@ def test_a_finished_run_with_more_epochs_names_how_to_train_longer(tmp_path: Pat
     (tmp_path / "run" / "encoder.safetensors").touch()
     with pytest.raises(ConfigError) as finished:
         open_run(tmp_path / "run", values(epochs=4))
-    longer = f" (to train longer, add init_from={tmp_path}/run/encoder.safetensors)"
+    longer = f" (to train longer, add init_from={tmp_path}/run/checkpoints/step_00000001.pt)"
     assert str(finished.value) == f"{unfinished.value}{longer}"
 
 
