@@ -168,7 +168,7 @@ def load_classifier(file: str | Path, encoder: LoadedEncoder | None = None) -> L
     if encoder is None:
         network = {"backbone": about["backbone"], "options": about.get("options")}
         encoder = load_encoder(about["encoder"], **network, size=look["size"], resize=look["resize"])
-    info, fix = encoder.info, "give its own, encoder=moco.load_encoder(...)"
+    info, fix = encoder.info, "pass the classifier's own encoder, encoder=moco.load_encoder(...)"
     names = ("sha256",) if "sha256" in about else ("backbone", "step")  # for files of earlier versions
     whose = f"{path} belongs to the encoder {about['encoder']} (step {about['step']})"
     same = all(info[name] == about[name] for name in names)

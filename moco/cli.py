@@ -1,4 +1,4 @@
-"""The command line: runs a command with its configuration, and reports every error without a traceback."""
+"""The command line: runs a command with its configuration, and reports expected errors without a traceback."""
 
 import importlib
 import os
@@ -103,7 +103,8 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
     temperature) that was stopped and has saved its state, and 130 after Ctrl-C. After another signal, a command that
     saves no state exits with 128 + the number of the signal (143 for SIGTERM). The status is 141 if the output pipe of
     --help is closed (`| head`).
-    Errors are reported without a traceback; MOCO_TRACEBACK=1 shows it instead.
+    ValueError, OSError, FloatingPointError, MemoryError and Warning are reported without a traceback; MOCO_TRACEBACK=1
+    shows it instead.
     """
     plain = warnings.formatwarning
     warnings.formatwarning = lambda message, category, *rest: (

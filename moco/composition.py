@@ -1,6 +1,7 @@
 """The configuration of a command line: composed by Hydra, checked by the schema, returned as a dataclass.
 
-The schema is a dataclass of `moco.config`: it has the names and types of all fields. Every error is a ConfigError.
+The schema is a dataclass of `moco.config`: it has the names and types of all fields. `compose` raises
+ConfigError for an invalid command line.
 """
 
 import difflib

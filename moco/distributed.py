@@ -342,8 +342,8 @@ def on_all_ranks(function: Callable[[], T]) -> T:
 def in_lockstep(items: Iterable[T], device: torch.device) -> Iterator[T]:
     """Iterate over items, the same number on every rank. If getting an item raises on one rank, it raises on all.
 
-    With several ranks each item is requested one item early, so that the ranks know whether all of them have an item
-    before they use it, and do not wait for this answer.
+    With several ranks each item is requested one item early. So before the ranks use an item, they know without waiting
+    whether all of them have got it.
     """
     if world_size() == 1:
         yield from items

@@ -260,7 +260,8 @@ def pages() -> dict[str, str]:
     made |= {name: group_page(name, schema) for name, schema in GROUPS.items()}
     made |= {name: command_page(name, schema) for name, schema in commands().items()}
     about = (
-        "# subject\n\nThe fields of all commands that evaluate or use an encoder. Schema: `moco/config/subject.py`.\n\n"
+        "# subject\n\nFields that several commands share: the encoder, its data and the output. "
+        "Schema: `moco/config/subject.py`.\n\n"
     )
     made["subject"] = iter([about, *table(SubjectConfig, {})])
     return {f"{name}.md": HEAD + "".join(parts) for name, parts in made.items()}

@@ -107,6 +107,6 @@ def test_the_results_page_states_the_seeds_of_the_commands() -> None:
     assert "seeds" not in without
     page = (repository / "docs" / "results.md").read_text(encoding="utf-8")
     section = page.partition("### One run evaluated in every way")[2].partition("\n### ")[0]
-    assert re.findall(r"mean of (\d+) seeds \(.*?\), (\d+) for all labels", section) == [(*given, default)]
+    assert re.findall(r"mean of (\d+) seeds \(of (\d+) seeds in the last\srow\)", section) == [(*given, default)]
     rows = re.findall(r"^\| fine-tuning, (1 %|10 %|all labels).*, (\d+) seeds \|", section, re.MULTILINE)
     assert rows == [("1 %", *given), ("10 %", *given), ("all labels", default)]

@@ -121,7 +121,7 @@ def same_label_share(labels: Tensor, queue_labels: Tensor, negatives: Tensor | N
     """Compute the share of a query's negatives that have its label, shape (N,), 0 ... 1; 0 without negatives.
 
     About 1 / classes if the classes are balanced. `labels` (N,) are those of the queries, `queue_labels` (K,) those of
-    the keys; for an unknown label, a value that no query has. For `negatives` see `similar_share`.
+    the keys: give a key of unknown label a value that no query has. For `negatives` see `similar_share`.
     """
     _require_keys("queue_labels", queue_labels)
     same = labels[:, None] == queue_labels  # (N, K)

@@ -251,10 +251,10 @@ class StoppableConfig(ComputeConfig):
     same command again to resume. 0: never. For a job on a cluster, set stop_after to the job's time limit minus the
     time of a step, an evaluation and a checkpoint."""
     hang_after: float = bounded(15.0, ge=0)
-    """Minutes without progress on any rank after which the run exits with status 69 and names the rank that hangs; 0:
-    wait forever. Progress is a finished step or a part of other work, such as a batch of an evaluation. Set hang_after
-    above the duration of the longest step, including the time to save a checkpoint, and above the time to open the
-    data."""
+    """If no rank makes progress for this number of minutes, the run exits with status 69 and names the rank that hangs;
+    0: wait forever. Progress is a finished step or a part of other work, such as a batch of an evaluation. Set
+    hang_after above the duration of the longest step, including the time to save a checkpoint, and above the time to
+    open the data."""
 
 
 @dataclass

@@ -38,4 +38,4 @@ class EvaluateConfig:
     """Images per forward pass of the encoder. It affects memory, not results."""
     precision: str = bounded("fp32", choices=("fp32", "bf16"))
     """Number format in which the encoder computes in evaluations. bf16 (bfloat16) is faster on GPUs and CPUs that have
-    units for it; it rounds to 8 bits, so results differ slightly from those in fp32."""
+    units for it; it rounds to 8 significant bits, so results differ slightly from those in fp32."""

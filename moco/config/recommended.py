@@ -1,4 +1,4 @@
-"""Values that follow from the number of images and steps, for warnings, the doctor's remedies and suggestions."""
+"""Values that follow from the number of images and steps, for warnings, the training doctor and suggested commands."""
 
 from typing import Any
 

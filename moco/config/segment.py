@@ -79,7 +79,7 @@ class SegmentConfig(ResumableConfig, EncoderConfig):
     bn: str = bounded("sync", choices=("sync", "frozen"))
     """Batch normalization of the encoder: sync (statistics of the global batch), or frozen (its running statistics)."""
     precision: str = bounded("fp32", choices=("fp32", "bf16"))
-    """Number format of the computation."""
+    """Number format of the computation in training."""
     mean: list[float] | None = bounded(None, ge=0, le=1, min_length=3, max_length=3)
     """Mean of each channel, subtracted from the pixels in 0 ... 1. Null: the values saved with the encoder, or
     ImageNet's if none are saved."""

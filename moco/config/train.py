@@ -149,9 +149,9 @@ class CheckpointConfig:
     """When checkpoints are saved and which ones are kept."""
 
     every_minutes: float = bounded(5.0, ge=0)
-    """Also save when N minutes have passed since the last checkpoint; 0: do not save by time."""
+    """Save when N minutes have passed since the last checkpoint; 0: do not save by time."""
     every_steps: int = bounded(0, ge=0)
-    """Also save every N steps; 0: do not save by steps."""
+    """Save every N steps; 0: do not save by steps."""
     every_epochs: int = bounded(1, ge=0)
     """Save at the end of every N-th epoch; 0: not at the ends of epochs. The end of the run is always saved."""
     keep_epochs: int = bounded(0, ge=0)
@@ -188,8 +188,9 @@ class TrainConfig(StoppableConfig):
     """Number format of the computation. auto: bf16 on a GPU that has units for it, or on a CPU if a short measurement
     shows that it is at least 1.2 times as fast; else fp32. A resumed run keeps its precision."""
     channels_last: bool = True
-    """Store images in channels-last memory format. Convolutions are then faster; results are equal up to rounding. It
-    has no effect with device=mps, because some versions of torch then compute wrong gradients, see docs/gpu.md."""
+    """Store weights and feature maps in channels-last memory format. Convolutions are then faster; results are equal up
+    to rounding. It has no effect with device=mps, because some versions of torch then compute wrong gradients, see
+    docs/gpu.md."""
     compile: bool = False
     """Compile the encoders with torch.compile. This takes minutes at the start and makes each step faster."""
     cuda_graph: bool = False
@@ -198,9 +199,9 @@ class TrainConfig(StoppableConfig):
     graph and need memory of their own. With several processes, keys are encoded without the graph, and only MoCo v1,
     v2, v2+ and SupMoCo can be trained, without model.bn=sync."""
     shard: bool = False
-    """Divide weights, momentum copies, gradients and optimizer state among the processes (FSDP2 of torch), for networks
-    that do not fit on a GPU otherwise; false: each process holds all of them (DDP). The results are the same;
-    channels_last has no effect. A run may resume with another value."""
+    """Divide the weights (also those of the momentum encoder), gradients and optimizer state among the processes (FSDP2
+    of torch), for networks that do not fit on a GPU otherwise; false: each process holds all of them (DDP). The results
+    are the same; channels_last has no effect. A run may resume with another value."""
     activation_checkpointing: bool = False
     """Keep only the inputs of the backbone's blocks for the backward pass, which computes all other activations again.
     This is slower, needs less memory and gives the same results. For ViTs, and other timm models without BN."""
@@ -237,7 +238,7 @@ def check(config: TrainConfig, processes: int = 1) -> None:
     require(
         (optim.schedule == "step") == bool(optim.milestones),
         f"optim.milestones={optim.milestones} does not fit optim.schedule={optim.schedule}: "
-        "set milestones with schedule=step and only then",
+        "set milestones if and only if schedule=step",
     )
     require(
         not (optim.warmup_from_zero and optim.per_epoch and optim.warmup_epochs > 0),

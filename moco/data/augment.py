@@ -8,8 +8,9 @@ index lists and parameters in two asynchronous copies.
     crops = crop_batch(images, draw_crop(seed, epoch, index, stream), view)    # loader processes call crop_one
     query = augment(crops, params, view)
 
-Hue, saturation and grayscale need red, green and blue: `View` refuses them for other channels. For such channels,
-brightness, contrast and noise use the statistics of each channel.
+Hue, saturation and grayscale need red, green and blue: `View` refuses them for other channels. For other channels,
+brightness multiplies without a limit, contrast blends each channel with its own mean, and noise is scaled by each
+channel's standard deviation in the data set.
 
 The order of operations is that of the official recipes: affine (only recipes for the digits use it), color jitter,
 grayscale (before the jitter with gray_first), blur, solarize, flips, quarter turn, noise, steps of plug-ins, normalize,
@@ -110,11 +111,11 @@ def _augment_part(crops: Tensor, params: Params, view: View, out: Tensor) -> Non
     """Augment one part of the batch; an operation without samples costs nothing."""
     use_kernels = view.rgb and fused(crops.device)
     plan = _send(_plan(params, view, use_kernels), crops.device)
-    last = not ("noise" in plan or view.steps)
+    normalization_follows = not ("noise" in plan or view.steps)
     x = crops if use_kernels and "affine" not in plan else to_float(crops)  # (n, C, S, S)
     _change_(x, plan, "affine", lambda chosen: ops.affine(chosen, plan["theta"]))
     if use_kernels:
-        x = _fused(x, params, plan, view, out, normalize=last)
+        x = _fused(x, params, plan, view, out, normalize=normalization_follows)
     else:
         _one_by_one_(x, params, plan, view)
     if "noise" in plan:
@@ -127,7 +128,7 @@ def _augment_part(crops: Tensor, params: Params, view: View, out: Tensor) -> Non
         step = STEPS[name]
         x = step.function(x, plan["steps"][:, start : start + step.draws], **options)
         start += step.draws
-    if not (use_kernels and last):
+    if not (use_kernels and normalization_follows):
         torch.sub(x, plan["mean"], out=out).div_(plan["std"])
     if "kept" in plan:
         out.mul_(plan["kept"])
@@ -255,13 +256,13 @@ def _plan_one_by_one(params: Params, view: View) -> dict[str, NDArray[Any]]:
 def _table(params: Params, view: View) -> NDArray[np.float32]:
     """Return a row of parameters per sample for `moco.kernels.augment`, which describes the columns."""
     off = np.array([view.brightness, view.contrast, view.saturation, view.hue]) == 0  # (4,)
-    turns = np.where(~params.jitter[:, None] | off[params.order], 4, params.order)  # (n, 4)
+    operations = np.where(~params.jitter[:, None] | off[params.order], 4, params.order)  # (n, 4)
     factors = np.take_along_axis(params.factors, params.order, axis=1)  # (n, 4)
     gray = (params.gray & view.gray_first, params.gray & (not view.gray_first))
     flags = (*gray, params.blur, params.solarize, params.flip, params.vertical_flip, params.turns)
     blurred = np.zeros(len(params))
     blurred[: params.blur.sum()] = np.flatnonzero(params.blur)
-    columns = [turns, factors, np.stack([*flags, blurred], axis=1), _half_kernels(params.sigma, view)]
+    columns = [operations, factors, np.stack([*flags, blurred], axis=1), _half_kernels(params.sigma, view)]
     return np.concatenate(columns, axis=1, dtype=np.float32)
 
 

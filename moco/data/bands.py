@@ -37,7 +37,8 @@ from moco.data.headers import (
 from moco.data.pixel_format import PixelFormat
 
 NPY, NPZ = b"\x93NUMPY", b"PK\x03\x04"
-# The largest array in bytes: as large as an 8-bit RGB image of `moco.data.decode.MAX_PIXELS`.
+# The largest image in bytes: as large as an 8-bit RGB image of `moco.data.decode.MAX_PIXELS`. An NPY has no limit,
+# because its array is a part of the file.
 MAX_BYTES = 3 * 178_956_970
 _IMAGE_NAMES = ("image", "arr_0")  # if an NPZ holds several arrays, the first of these names is the image
 
@@ -67,7 +68,7 @@ def read_bands(data: bytes, pixel_format: PixelFormat) -> Tensor:
 
     Raises:
         WrongFormat: if the file has another number of channels, or a type that `dtype` cannot hold.
-        TooLarge: if the file declares more than `MAX_BYTES` bytes.
+        TooLarge: if the file is not an NPY and declares more than `MAX_BYTES` bytes.
         ConfigError: if a TIFF needs tifffile, and it is not installed.
         ValueError: if pixels are not finite, or the file is damaged.
         Exception: whatever numpy, PIL and tifffile raise for a damaged file.
@@ -147,7 +148,7 @@ def _too_large(size: int) -> str:
 
 
 def _image(data: bytes, pixel_format: PixelFormat) -> tuple[NDArray[Any], int]:
-    """Return the pixels of an image file, (H, W), (H, W, C) or (C, H, W), as stored, and their orientation."""
+    """Return the pixels of an image file, (H, W), (H, W, C) or (C, H, W), and the orientation still to be applied."""
     try:
         image = open_image(data)
     except UnidentifiedImageError:

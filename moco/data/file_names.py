@@ -58,7 +58,7 @@ def _by_form(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 @lru_cache(maxsize=16)
-def _entries(folder: str, _modified: int) -> dict[str, list[str]]:
+def _entries(folder: str, _modified: int) -> dict[str, list[str]]:  # with a new time, the folder is listed again
     return _by_form(path.name for path in Path(folder).iterdir())
 
 
@@ -66,11 +66,11 @@ def listed_names(path: Path) -> list[str]:
     """Return the lines of a list of names, without empty lines.
 
     Raises:
-        ConfigError: if the file is no text in UTF-8, or has only empty lines.
+        ConfigError: if the file cannot be read, is not in UTF-8, or has only empty lines.
     """
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not a list of names, a text in UTF-8 ({cause(error)}): correct it") from error
+        raise ConfigError(f"{path} cannot be read as a list of names in UTF-8 ({cause(error)}): correct it") from error
     require(bool(names), f"{path} lists no image: choose another split")
     return names

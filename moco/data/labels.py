@@ -66,13 +66,13 @@ def read_labels(
 def read_label_sets(
     values: Sequence[Sequence[Any] | None], where: str, fix: str, classes: Sequence[str] = ()
 ) -> tuple[NDArray[np.bool_] | None, tuple[str, ...]]:
-    """Return which classes each image has, (N, L), and the class names; (None, ()) if every image is unlabeled.
+    """Return which classes each image has, (N, L), and the class names; (None, ()) if no image has a list.
 
     An image with an empty list has none of the classes. The arguments are those of `read_labels`, but `values` has a
     list per image.
 
     Raises:
-        ValueError: if no image has a label, if some lists or values in them are missing, or if the values cannot be
+        ValueError: if all lists are empty, if some lists or values in them are missing, or if the values cannot be
             classes.
     """
     missing = sum(value is None for value in values)

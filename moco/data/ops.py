@@ -5,10 +5,10 @@ torchvision.transforms.v2.functional on float images to 1e-5. On uint8 images to
 operation to integers; if the result here is truncated as well, the two results differ by at most one level. For
 contrast and saturation this holds for factors up to 2, because torchvision truncates the gray image too.
 
-The result for a sample has the same bits in any batch and with any number of threads. Therefore this module uses only
-exact sums, and operations that round each number once (multiply, add, minimum, floor, ...). It does not use `lerp`,
-`addcmul` and `add(alpha=)`, which torch fuses in the vector loop but not in the rest of the loop; plain float `mean`,
-whose order depends on the threads; and matrix products, whose order depends on the batch.
+The result for a sample has the same bits in any batch and with any number of threads. Therefore this module uses, apart
+from `grid_sample`, only exact sums, and operations that round each number once (multiply, add, minimum, floor, ...). It
+does not use `lerp`, `addcmul` and `add(alpha=)`, which torch fuses in the vector loop but not in the rest of the loop;
+plain float `mean`, whose order depends on the threads; and matrix products, whose order depends on the batch.
 
 Legend: n samples, C channels, S x S pixels, values in 0 ... 1; a trailing underscore means in place. Operations on
 (n, 3, S, S) need red, green and blue.

@@ -1,4 +1,4 @@
-"""The data set that a file names: an encoder's file, a run or an index, which may come from someone else.
+"""The data set that a run, an encoder file or an index names; these files may come from someone else.
 
 Nothing is downloaded, no folder is created, no command is run and no hub is contacted because a file says so.
 """

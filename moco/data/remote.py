@@ -46,8 +46,8 @@ from moco.distributed import is_rank_zero
 SCHEMES = ("http", "https", "hf", "gs", "s3", "ais", "ftps", "sftp", "scp")  # each needs a download program
 _DRAWS = 1024  # random numbers drawn together
 
-# A rank's batch: epoch, position in the epoch (n,), identity (n,), views and then the heights and widths of the images
-# (n, 2), and unreadable images by identity.
+# A rank's batch: epoch, position in the epoch (n,), identity (n,), a list of the crops of each view that ends with the
+# heights and widths of the images (n, 2), and unreadable images by identity.
 Item = tuple[int, NDArray[np.int64], NDArray[np.int64], list[Tensor], dict[int, str]]
 CropFunction = Callable[[int, NDArray[np.int64], Iterable[Tensor]], list[Tensor]]  # epoch, positions, images -> crops
 

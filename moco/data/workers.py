@@ -65,7 +65,7 @@ def to_shared_memory(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def count_processes(workers: int | None) -> int:
-    """Return the number of loader processes: as configured, or for None one per CPU core of this process, 1 to 16."""
+    """Return the number of loader processes: `workers`, or for None this rank's share of the CPU cores, 1 to 16."""
     if workers is not None:
         return workers
     known = hasattr(os, "sched_getaffinity")  # on Linux: a container or a job may use a part of the cores

@@ -1,6 +1,6 @@
 """Boxes and masks from a json in COCO's format: the lists images, annotations and categories.
 
-Every error is a sentence that begins with FIELD=PATH of the file, or with PATH if no field is given.
+Every ConfigError is a sentence that begins with FIELD=PATH of the file, or with PATH if no field is given.
 """
 
 import json

@@ -12,10 +12,11 @@ from moco.evaluation.subsets import split_copies
 
 
 def open_boxed(config: BoxesConfig, masks: bool) -> tuple[BoxedImages, BoxedImages]:
-    """Return the images to train on, each with at least one box, and the held-out images. No image is read.
+    """Return the images to train on, each with at least one box, and the held-out images. No image is decoded.
 
     Raises:
         ConfigError: if files are missing or invalid, see `read_coco` and `read_voc`, or a split has no boxes.
+        ImageError: see `read_coco` and `split_copies`.
     """
     root, drop = Path(config.root), config.bad_boxes == "drop"
     require(root.is_dir(), f"boxes.root={root} is not a folder: set it to the folder of the data set")

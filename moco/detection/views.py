@@ -31,7 +31,7 @@ class ViewSettings:
     flip_p: float
     mean: Sequence[float]
     std: Sequence[float]
-    masks: bool  # whether training needs the masks of the objects
+    masks: bool  # whether training and evaluation use the masks of the objects
 
 
 class Example(NamedTuple):

@@ -23,7 +23,7 @@ class AveragePrecision:
     eleven recalls, see `eleven_point`.
     """
 
-    per_class: list[float | None]  # None for a class without evaluated or without training images
+    per_class: list[float | None]  # None for a class that no evaluated image has, or no training image
     random: float  # mAP in percent of a random order: the mean share of the images that have the class
     count: int  # M
 

@@ -25,15 +25,15 @@ Network = nn.Module | Callable[[Tensor], Tensor]  # images (N, C, S, S) -> featu
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """The preparation of an image: resize, crop the center, normalize. Without mean and std, values stay in 0 ... 1."""
+    """The preparation of an image: resize, crop the center, normalize. By default, mean and std change nothing."""
 
     size: int  # side of the central crop in pixels
     resize: int = 0  # length to which the shorter side is resized before the crop; 0: to `size`
-    mean: Sequence[float] = (0.0, 0.0, 0.0)  # mean and std have one number per channel, for pixel values in 0 ... 1
+    mean: Sequence[float] = (0.0, 0.0, 0.0)  # mean and std have one number per channel, for pixels after `to_float`
     std: Sequence[float] = (1.0, 1.0, 1.0)
 
     def unnormalized(self) -> "EvalTransform":
-        """Return the same transform without normalization: pixel values stay in 0 ... 1."""
+        """Return the same transform without normalization."""
         return replace(self, mean=(0.0,) * len(self.mean), std=(1.0,) * len(self.mean))
 
 

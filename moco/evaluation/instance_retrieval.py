@@ -108,7 +108,7 @@ def _content_groups(source: Source, rows: Tensor, heartbeat: Callable[[], None])
 
 
 def images_used(length: int, batch_size: int) -> int:
-    """Return M for a source of `length` images, a multiple of the batch size.
+    """Return M, a multiple of the batch size, for a source of `length` images.
 
     M is at most `MOST_IMAGES`, unless a single batch is larger.
     """
@@ -123,7 +123,7 @@ def _crop_pairs(
     workers: int | None,
     on_unreadable: OnUnreadable | None,
 ) -> Iterator[Batch]:
-    """Yield this rank's batches: two crops of each image, 2 of (n, C, S, S), in 0 ... 1."""
+    """Yield this rank's batches: two crops of each image, 2 of (n, C, S, S), not normalized."""
     plan = Plan(len(source), batch_size, 1, SEED, rank(), world_size())
     zeros, ones = (0.0,) * source.pixel_format.channels, (1.0,) * source.pixel_format.channels
     view = View(size, crop_scale=CROP_SCALE, flip_p=0.5, mean=zeros, std=ones)

@@ -48,7 +48,7 @@ class LayerFeatures(nn.Module):
                 inside[name].register_forward_hook(lambda _, __, out, name=name: self._outputs.__setitem__(name, out))
         # Swin and similar networks return maps (N, H, W, C) and declare it.
         self._positions = (1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else (2, 3)
-        self._prefix = getattr(backbone, "num_prefix_tokens", 0)  # the class token and registers, before the image's
+        self._prefix = getattr(backbone, "num_prefix_tokens", 0)  # class token and registers, before the image's tokens
         self._class_token = self._prefix > 0 and getattr(backbone, "cls_token", None) is not None
         parameter = next(backbone.parameters())
         with torch.no_grad():

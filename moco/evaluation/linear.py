@@ -187,18 +187,18 @@ def _problem(encoder: str, lr: float, losses: Sequence[float], metrics: Metrics 
         found = f"top-1 is {metrics.top1:.1f} %, and a guess has {chance:.1f} %"
     if found and abs(last - loss_of_guess) < 0.05 * loss_of_guess:  # the scores of all classes are still similar
         found += f"; the training loss, {last:.3g}, is that of a guess too"
-        fix = ", or a higher official.lr, or more epochs"
+        fix = "a higher official.lr, or more epochs, or "
     elif last > first:
-        found, fix = f"the training loss rose from {first:.3g} to {last:.3g}", ", or a lower official.lr"
+        found, fix = f"the training loss rose from {first:.3g} to {last:.3g}", "a lower official.lr, or "
     elif not found:
         return ""
     elif last > loss_of_guess:
         found += f"; the training loss is {last:.3g}, above that of a guess, {loss_of_guess:.3g}"
-        fix = ", or a lower official.lr"
+        fix = "a lower official.lr, or "
     else:
         found, fix = f"{found}, although the training loss fell to {last:.3g}", ""
     unsuitable = f"official.lr={lr:g} does not suit this encoder and " * bool(fix)
-    advice = f"set protocol=sweep, which chooses the learning rate{fix}"
+    advice = f"set {fix}protocol=sweep, which chooses the learning rate"
     return f"{encoder}: {found}, so {unsuitable}the result says little about it; {advice}"
 
 

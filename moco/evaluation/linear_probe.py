@@ -103,7 +103,7 @@ def train_head(
         accuracy is the share of correct decisions, with one decision for each image and class.
 
     Raises:
-        BackboneChanged: if a weight or buffer of the backbone changed by a single bit.
+        BackboneChanged: if a weight or buffer of the backbone changed, even in a single bit.
         FloatingPointError: if the mean loss of an epoch is not finite.
         ImageError: if an image cannot be decoded; on every rank.
     """

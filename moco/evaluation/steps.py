@@ -122,5 +122,5 @@ def run_steps(
 
 def seed_step(seed: int, step: int) -> None:
     """Seed torch's generator for a step of this rank; dropout, for example, draws from it."""
-    # Number step << 16 is the seed that all ranks share, see `moco.evaluation.finetuning.train`.
+    # `step_seed(seed, step << 16)` is the seed that all ranks share, see `moco.evaluation.finetuning.train`.
     torch.manual_seed(step_seed(seed, (step << 16) + 1 + rank()))

@@ -72,7 +72,7 @@ class Task(Generic[Config]):
 
     @cached_property
     def copies(self) -> int:
-        """The number of held-out images that are training images too. Collective."""
+        """The number of held-out images with the same content as a training image. Collective."""
         return count_copies(self.train, self.held_out)
 
     @property

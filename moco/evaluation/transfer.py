@@ -56,7 +56,7 @@ DEFAULTS = TransferConfig(sets=["data"], encoders=["pretrained", "untrained"])  
 
 
 def evaluate_transfer(config: TransferConfig) -> list[SetResults]:
-    """Evaluate each encoder on each data set, and print and record one table.
+    """Evaluate each encoder on each data set, record the results, and print them in one table.
 
     Results that an earlier call recorded with the same settings, images and weights are not computed again.
 
@@ -201,7 +201,10 @@ def _data_of(name: str, config: TransferConfig, own: Subject) -> dict[str, Any]:
 
 
 def _write(file: Path, found: SetResults, candidate: Candidate, config: TransferConfig, output: Path) -> None:
-    """Write the data set's file, and add the result to results.json, which the report shows. For rank 0."""
+    """Write the data set's results to `file`, and the candidate's result to results.json, which the report shows.
+
+    For rank 0.
+    """
     write_results(file, found)
     encoder = candidate.subject.file
     entry = {

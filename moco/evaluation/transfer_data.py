@@ -193,7 +193,8 @@ def _draw(everything: Part, training: int, test: int) -> list[Part]:
 def _open_folder(path: str, config: TransferConfig, subject: Subject) -> Splits:
     """Open a folder with train/ and one or both of test/ and val/, or with class folders only.
 
-    In the second case, hold out a part of each class as the test split.
+    In the first case, val/ is the test split if there is no test/. In the second case, hold out a part of each class as
+    the test split.
     """
     output = subject.output
     data = DataConfig(name="folder", root=path, labels="folder", channels=subject.file.channels)

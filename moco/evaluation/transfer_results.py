@@ -45,7 +45,7 @@ def short_name(name: str) -> str:
 
 
 def result_file(output: Path, name: str, mode: str) -> Path:
-    """Return the file of a data set."""
+    """Return the path of the results of a data set."""
     return output / FOLDER / f"{mode}_{short_name(name)}.json"
 
 

@@ -92,7 +92,7 @@ def read_encoder(
 
     Args:
         weights: "encoder" (f_q, which MoCo v3 calls the base encoder), or "momentum_encoder".
-        backbone, options: the network, if the file does not name it.
+        backbone, options: the network; None: as the file names it. A checkpoint of moco.train ignores both.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -232,7 +232,7 @@ def _load(path: Path) -> dict[str, Any]:
         state = read_weights(path)
     except CodeRefused as error:
         raise ForeignFileError(
-            f"{path} is refused: torch cannot load it with weights_only=True, which runs no code, e.g. because it is "
+            f"{path} is refused: torch cannot load it with weights_only=True (which runs no code), e.g. because it is "
             "damaged, is not a file of weights, or holds code; save only its state dict, with torch.save's default "
             "pickle_protocol, or use safetensors"
         ) from error
@@ -311,7 +311,7 @@ def _foreign(
     if has_small_stem(body) and not (official or known or layout == PLAIN):
         raise ForeignFileError(
             f"{path} ({layout.name}) has a 3x3 first convolution of unknown padding (solo-learn pads by 2, which no "
-            "backbone here does): if it is 1, save only the backbone's state dict and set options={stem: cifar}"
+            "backbone here does): if it is 1, save only the backbone's state dict and set +options.stem=cifar"
         )
     file = EncoderFile(str(path), layout.name, name, known | options, body)
     epoch = state.get("epoch")

@@ -110,7 +110,7 @@ def _part(layout: Layout, prefix: str, tensors: State) -> Part:
     backbone = {name: value for name, value in named.items() if name not in head}
     encoders = _pattern(layout.encoder), _pattern(layout.momentum_encoder or layout.encoder)
     others = {name: value for name, value in tensors.items() if not any(each.match(name) for each in encoders)}
-    # ResNets whose shortcuts are named "shortcut" (SupContrast, pytorch-cifar) begin as SimCLR's for CIFAR.
+    # ResNets whose shortcuts are named "shortcut" (SupContrast, pytorch-cifar) have the stem of SimCLR for CIFAR.
     cifar = layout == NOTEBOOK or (has_small_stem(backbone) and any(".shortcut." in name for name in own))
     return Part(layout, backbone, head, others, {"stem": "cifar"} if cifar else {})
 

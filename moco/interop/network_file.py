@@ -33,7 +33,7 @@ def load_network(
         path: the file.
         kind: names the expected kind of file, for errors.
         fields: names of the entries of `about` that the file must hold.
-        build: makes the network from a file of its backbone, without weights, and from `about`.
+        build: makes the network from an `EncoderFile` without weights, which names its backbone, and from `about`.
 
     Raises:
         FileNotFoundError: if the file does not exist.

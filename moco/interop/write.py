@@ -249,7 +249,8 @@ FORMATS: dict[str, Format] = {
         torchvision_name,
         _write_state,
         lambda path, file: _torchvision(file, _load(path), path),
-        "network = torchvision.models.NETWORK(); network.load_state_dict(torch.load('FILE'), strict=False)  # new fc",
+        "network = torchvision.models.NETWORK(); network.load_state_dict(torch.load('FILE'), strict=False)  "
+        "# fc is not loaded",
     ),
     "timm": Format(
         f"timm's models, {_RESNETS_AS_PUBLISHED}, and vit_small and vit_base",

@@ -4,7 +4,7 @@ The results are those of `moco.data.crop.resized_crops`, bit for bit: weights ar
 sums are exact.
 
 Legend: N images, C channels, H x W pixels of an image, h x w of its box, S output size, K weights per output pixel, L
-longest side of an image.
+pixels of an axis.
 """
 
 import torch

@@ -123,7 +123,7 @@ def _parts(
 
 @triton.jit
 def _sum_over_parts(sums, pulled, n, N, C, P, PARTS: tl.constexpr, DIM: tl.constexpr):
-    """Return the largest logit of a query, the sum relative to it, the number of negatives and the mean key, (DIM,)."""
+    """Return a query's largest logit, sum of exponentials relative to it, number of negatives and mean key, (DIM,)."""
     parts, dims = tl.arange(0, PARTS), tl.arange(0, DIM)
     is_part = parts < P
     tops = tl.load(sums + parts * 3 * N + n, is_part, _LOWEST)

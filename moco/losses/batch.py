@@ -156,8 +156,8 @@ def _candidates(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the logits (A N, V M), which of them are positives, boolean (A N, V M), and a number to add to the loss.
 
-    The number is nan if an embedding is not finite, else 0. Without it, the loss could be finite although an anchor
-    without a positive is not.
+    The number is nan if an embedding is not finite, else 0. Without it, the loss could be finite although the embedding
+    of an anchor without a positive is not finite.
     """
     check_temperature(temperature)
     same = _same_class(embeddings, others, offset, labels, mask)  # (N, M)

@@ -205,7 +205,7 @@ def _in_chunks(
 
 
 def _chunk(queries: int, device: str) -> int:
-    """Return B. On a GPU few queries take longer chunks: with 512 queries or fewer, 65,536 keys are one chunk."""
+    """Return B. On a GPU it is larger for fewer queries: with 512 queries or fewer, 65,536 keys are one chunk."""
     rows = ROWS[device] if device == "cpu" else min(queries, ROWS[device])
     return BLOCK[device] // rows
 

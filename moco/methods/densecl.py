@@ -176,7 +176,7 @@ def unit_cells(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def most_similar(features: Tensor, others: Tensor) -> Tensor:
-    """Return for each cell of the query the number of the key's cell with the most similar features, (N, P).
+    """Return for each cell of the query the index of the key's cell with the most similar features, (N, P).
 
     `features` are the query's, (N, P, D), and `others` the key's, of unit length.
     """

@@ -52,8 +52,8 @@ class DistillConfig(MethodConfig):
         published = self.teacher.startswith("timm/")
         require(
             not published or (not self.teacher_backbone and self.teacher_features == "backbone"),
-            f"method.teacher={self.teacher} has published weights, which name their network and have no head: remove "
-            "method.teacher_backbone and method.teacher_features",
+            f"method.teacher={self.teacher} already names the network, and its published weights have no projection "
+            "head: remove method.teacher_backbone and method.teacher_features",
         )
 
     def build(self, config: TrainConfig, encoder: Any, labels: Any, teacher: Any = None) -> Any:

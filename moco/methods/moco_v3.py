@@ -17,8 +17,8 @@ Deliberate deviations from the official code:
 - The official code updates f_k between encoding queries and keys; here f_k is updated at the end of the
   previous step. The keys are the same (in the first step f_k equals f_q), and a step that fails changes nothing.
 - Logits are float32 even under autocast.
-- Keys can be shuffled between BN groups (`model.bn=grouped`), as in v1 and v2. The official BN is synchronized, as in
-  the recipes here except moco_v3_digits (`model.bn=sync`, `model.shuffle_keys=false`).
+- Keys can be shuffled between BN groups (`model.bn=grouped`), as in v1 and v2. The official BN is synchronized
+  (`model.bn=sync`, `model.shuffle_keys=false`), as in the recipes here except moco_v3_digits.
 
 Legend: N local micro-batch, n local batch, W processes, M = W n global batch, C embedding.
 """

@@ -51,8 +51,8 @@ class LossForm:
 class SimCLR(nn.Module):
     """SimCLR, SupCon (with labels), and InfoNCE between two views (`candidates="other_view"`).
 
-    BN should normalize the global batch (`model.bn=sync`): all views of a sample are in the same group, so the
-    statistics of small groups reveal the positive.
+    BN should normalize the global batch (`model.bn=sync`): smaller groups contain the same samples in each view, so
+    their statistics reveal the positive.
 
     Args:
         encoder: f, images (N, channels, S, S) to embeddings (N, C).

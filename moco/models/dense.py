@@ -20,7 +20,7 @@ from moco.models.probe import output_error
 
 
 class DenseOutput(NamedTuple):
-    """The embeddings of images and of their cells, and the features from which those of the cells are computed."""
+    """The embeddings of images and of their cells, and the features from which the cells' embeddings are computed."""
 
     embedding: Tensor  # (N, C)
     cells: Tensor  # (N, P, C), row by row

@@ -1,4 +1,4 @@
-"""The trained encoder, a backbone and a projection head; and MoCo v3's predictor."""
+"""The encoder, which is a backbone and a projection head, and MoCo v3's predictor."""
 
 from collections.abc import Mapping
 from itertools import pairwise

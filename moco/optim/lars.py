@@ -30,8 +30,8 @@ class Lars(torch.optim.Optimizer):
     Args:
         params: weights, or groups of them.
         trust_coeff: trust coefficient.
-        trust_clip: in the second line, multiply d by min(1, trust_coeff |w| / (lr |d|)) instead: a rate of at most lr
-            (LARC; not in MoCo v3).
+        trust_clip: in the second line, multiply d by min(1, trust_coeff |w| / (lr |d|)) instead, or by min(1, 1 / lr)
+            if |w| or |d| is 0, as timm does: a rate of at most lr (LARC; not in MoCo v3).
     """
 
     def __init__(

@@ -43,7 +43,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], modu
     built = [dict(group) for group in optimizer.param_groups]
     load_optimizer_state(module, optimizer, state)
     for group, settings in zip(optimizer.param_groups, built, strict=True):
-        # Settings that the saved state lacks, and the implementation ("fused"), which sharding may change.
+        # Keep the settings that the saved state lacks, and the implementation ("fused"), which sharding may change.
         group.update({name: value for name, value in settings.items() if name not in group or name == "fused"})
     for parameter, moments in optimizer.state.items():
         for name, moment in moments.items():

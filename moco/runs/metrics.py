@@ -71,7 +71,9 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 def add_results(path: Path, values: Mapping[str, float], step: int) -> None:
-    """Pass the results of an evaluation to all loggers that know the run in `path`. Raises `WriteError`.
+    """Pass the results of an evaluation to all loggers that know the run in `path`.
+
+    An error of a logger becomes a warning, except a `WriteError`.
 
     Args:
         path: the run's directory.

@@ -102,6 +102,7 @@ def open_masked(config: MasksConfig) -> tuple[MaskedImages, MaskedImages]:
 
     Raises:
         ConfigError: if a folder or file of the layout is missing, an image has no mask, or a split is empty.
+        ImageError: see `split_copies`.
     """
     root = Path(config.root)
     require(root.is_dir(), f"masks.root={root} is not a folder: set it to the folder of the data set")

@@ -1,4 +1,4 @@
-"""Segmentation networks: a head computes scores from the feature map of a backbone, at the size of the image.
+"""Segmentation networks: a head computes scores from the feature map of a backbone; the scores are upsampled to H x W.
 
 Legend: N images, H x W their size, C channels of the feature map, h x w its size, L classes.
 """

@@ -35,7 +35,10 @@ def identity(source: Source) -> Identity:
 
 
 def record_names(run: Path, source: Source, resumed: bool) -> None:
-    """Write the names of at most `MOST_NAMES` images to `NAMES` in the run directory; a resumed run keeps its file."""
+    """Write the names of the images to `NAMES` in the run directory, unless there are more than `MOST_NAMES` images.
+
+    A resumed run keeps its file.
+    """
     file = run / NAMES
     names = list(islice(source.encoded_names(), MOST_NAMES + 1))
     if len(names) <= MOST_NAMES and not (resumed and file.exists()):

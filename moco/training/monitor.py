@@ -121,8 +121,8 @@ class Monitor:
         """Return the loss with unshuffled keys, normalized in the BN groups of their queries, and with shuffled keys.
 
         The loss with unshuffled keys is lower if the statistics of a group reveal the positive (He et al., 2020, Sec.
-        3.3). The step has computed one of the two losses; the other loss costs a forward pass of the momentum encoder.
-        Return {} without a momentum encoder, or without a `GroupedBatchNorm` that has several groups.
+        3.3). The step has encoded the keys of one of the two losses; those of the other cost a forward pass of the
+        momentum encoder. Return {} without a momentum encoder, or without a `GroupedBatchNorm` that has several groups.
         """
         encoder = self._method.momentum_encoder
         if encoder is None:

@@ -8,8 +8,9 @@ data.weights, an epoch can use an image several times, each time with different 
 the sample indices, which `Plan.samples` yields, instead of the image indices.
 
 If no steps may be skipped, and the precision is not fp16, the host does not wait for the GPU in each step. It reads the
-loss of a step after it has queued the next step, and before anything is saved. A non-finite step has then already
-changed the weights: the file holds the state after the step, no checkpoint contains these weights, and the run ends.
+loss of a step after it has queued the next step, and before anything is saved. A non-finite step, and usually the next
+step too, have then already changed the weights: the file holds the state after these steps, no checkpoint contains
+these weights, and the run ends.
 """
 
 import math
@@ -52,7 +53,7 @@ class NonFiniteGuard:
         self.in_step, self.skipped = in_step, skipped
         self._plan, self._limit = plan, limit
         self._folder, self._state, self._log = folder, state, log
-        # The last step, which `check_pending` checks: its number, image indices (n,), and its loss.
+        # The last step, which `check_pending` checks: its number, image indices (n,), and its loss and gradient norm.
         self._pending: tuple[int, Tensor, HostCopy] | None = None
 
     def skip(self, step: int, index: Tensor, error: NonFiniteLoss) -> None:

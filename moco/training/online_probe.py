@@ -28,7 +28,7 @@ class OnlineProbe:
 
     Args:
         backbone: of the encoder, images to features (N, D), with the attribute `num_features` = D.
-        labels: the class of each training image, (images,), negative if unlabeled: such an image is not used.
+        labels: the class of each training image, (images,), negative if unlabeled: the loss ignores such an image.
         classes: the number of classes.
         device: the device of the classifier, which must support float64.
     """

@@ -283,7 +283,7 @@ def test_the_size_of_an_image_and_the_list_of_a_split_of_voc_are_checked(tmp_pat
     annotation.write_text(annotation.read_text().replace("<width>30", "<width>0"))
     with pytest.raises(ConfigError, match=r"size/width is '0', not a number of at least 1\): correct it"):
         read_voc(tmp_path, ["2007/train"], VOC_CLASSES, drop=True, training=True)
-    for content, message in ((b"\xff\xfe0", "is not a list of names, a text in UTF-8"), (b" \n", "lists no image")):
+    for content, message in ((b"\xff\xfe0", "cannot be read as a list of names in UTF-8"), (b" \n", "lists no image")):
         listed.write_bytes(content)
         with pytest.raises(ConfigError, match=rf"train\.txt {message}"):
             read_voc(tmp_path, ["2007/train"], VOC_CLASSES, drop=True, training=True)

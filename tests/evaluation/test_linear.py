@@ -321,7 +321,7 @@ def test_a_head_that_was_not_trained_is_reported() -> None:
 )
 def test_the_advice_for_a_head_that_guesses_follows_from_its_loss(losses: list[float], fix: str) -> None:
     guess = compute_metrics(torch.zeros(200, 1, dtype=torch.int64), np.tile(np.arange(4), 50), 4)
-    assert linear_module._problem("pretrained", 0.1, losses, guess).endswith(fix)
+    assert f"; set {fix}, or protocol=sweep" in linear_module._problem("pretrained", 0.1, losses, guess)
 
 
 def test_a_small_learning_rate_is_reported_and_named_in_the_title(
@@ -332,7 +332,7 @@ def test_a_small_learning_rate_is_reported_and_named_in_the_title(
     config.official.lr = 1e-6
     linear_module.evaluate_linear(config)
     out = " ".join(capsys.readouterr().out.split())
-    assert "or a higher official.lr, or more epochs" in out
+    assert "set a higher official.lr, or more epochs, or protocol=sweep" in out
     assert "Linear probe, moco_v2 (epochs=2, official.lr=1e-06, " in out
 
 

@@ -115,7 +115,7 @@ def augmentation_too_weak(series: Series, facts: Facts) -> Alarm | None:
     return Alarm(
         "augmentation too weak",
         f"positives had a similarity of {series['train/positive_similarity'][0]:.3f} in the first step, and after "
-        f"{EARLY_EPOCHS:g} epochs {100 * early[-1]:.1f} % of the queries find their key",
+        f"at most {EARLY_EPOCHS:g} epochs {100 * early[-1]:.1f} % of the queries find their key",
         "smaller crops (augment.crop_scale=[0.2,1.0]), stronger color jitter, grayscale and blur",
     )
 
@@ -266,8 +266,8 @@ def nothing_learned(series: Series, facts: Facts) -> Alarm | None:
 def _gain(series: Series, name: str, facts: Facts) -> tuple[float, str]:
     """Return the gain of an evaluation since the first step, minus its noise, in percentage points; and a text.
 
-    The text states both values and the noise; for kNN, this is the noise with many images. Without a second value the
-    result is (nan, "").
+    The text states both values and the noise. The noise of kNN is the constant `NO_GAIN`, which is too low for few
+    held-out images. Without a second value the result is (nan, "").
     """
     values = series.get(name, ())
     if len(values) < 2:
@@ -288,7 +288,7 @@ def _improves(series: Series, facts: Facts) -> bool:
 
 
 def _awaits_evaluation(series: Series, count: int = 1) -> bool:
-    """Return whether the encoder was evaluated before the first step, but after it not yet `count` times."""
+    """Return whether the encoder was evaluated before the first step, and fewer than `count` times since then."""
     return any(1 <= len(series.get(name, ())) <= count for name in EVALUATIONS)
 
 
