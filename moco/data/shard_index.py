@@ -59,7 +59,7 @@ def read_index(folder: Path, where: str) -> dict[str, Any]:
 _INDEX: dict[str, Any] = {"classes": list[str], "splits": Mapping, "settings": Mapping, "skipped": str}
 _SPLIT: dict[str, Any] = {"rows": str, "sha256": str, "pictures": int, "labelled": bool, "shards": list, "parts": list}
 _SHARD: dict[str, Any] = {"file": str, "bytes": int, "sha256": str}
-# Of a `moco.data.pack_output.Part`: the number of rows, `next_image` (end), `source_bytes` (before) and `skipped`.
+# A `moco.data.pack_output.Part` as stored: "end" is its `next_image`, "before" its `source_bytes`.
 _PART: dict[str, Any] = {"rows": int, "end": int, "before": int, "skipped": list}
 
 

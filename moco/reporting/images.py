@@ -50,7 +50,8 @@ def compute_features(config: ReportConfig, run: Run, device: torch.device) -> Im
     Raises:
         FileNotFoundError, ValueError: for missing or unsuitable data, or an invalid checkpoint.
     """
-    # The run's data.resident=true would decode all images of a folder, but the report needs only a few thousand.
+    # Unless the user sets data.resident, use false instead of the run's value: the report needs a few thousand images,
+    # and true would decode all of them.
     data = replace(config.data, resident=bool(config.data.resident))
     encoder = SubjectConfig(checkpoint=str(run.checkpoint), data=data, images_at_once=config.images_at_once)
     subject = open_subject(encoder)

@@ -177,7 +177,7 @@ def _check_batch_norm(config: TrainConfig) -> None:
     micro_batch = config.batch_size // world_size() // config.accumulate
     group = model.bn_group_size if model.bn == "grouped" else micro_batch
     if model.shuffle_keys and model.bn != "sync" and group >= config.batch_size:
-        even = max(4, config.batch_size // 2 * 2)  # two groups of two images
+        even = max(4, config.batch_size // 2 * 2)  # for two groups, each of at least two images
         fix = f"model.bn_group_size={even // 2}" + f" batch_size={even}" * (even != config.batch_size)
         _warn(
             f"model.shuffle_keys=true has no effect: BN normalizes all {config.batch_size} images as one group, which "

@@ -84,7 +84,9 @@ def train_step(
     finite = statistics is None or _check_finite(measures["loss"], norm, scaler, statistics)
     if settings.clip_grad:
         torch._foreach_mul_(gradients, (settings.clip_grad / (norm + 1e-6)).clamp(max=1.0))
-    if finite:  # do not let the scaler skip: a fused optimizer that skips its first step has an uninitialized state
+    # The scaler must not see a non-finite step: it would skip it, and a fused optimizer's skipped first step leaves its
+    # state uninitialized.
+    if finite:
         scaler.step(optimizer)  # update f_q
     scaler.update()
     if finite:  # one optimizer step = one momentum update = one enqueue
