@@ -57,8 +57,9 @@ class DetectConfig(ResumableConfig, EncoderConfig):
     norm: bool = True
     """Normalize the layers that the detector adds to the encoder. faster_rcnn_fpn and mask_rcnn_fpn: batch
     normalization over the global batch in the pyramid, the mask head and the box head. The box head has four
-    convolutions with norm=true, and no convolutions with norm=false. faster_rcnn_c4 and mask_rcnn_c4: batch normalization after the ResNet's last stage.
-    retinanet: batch normalization in the pyramid, group normalization in the head."""
+    convolutions with norm=true, and no convolutions with norm=false. faster_rcnn_c4 and mask_rcnn_c4: batch
+    normalization after the ResNet's last stage. retinanet: batch normalization in the pyramid, group normalization in
+    the head."""
     bn: str = bounded("sync", choices=("sync", "frozen"))
     """Batch normalization of the encoder: sync (statistics of the global batch), or frozen (its running statistics)."""
     precise_bn: int = bounded(0, ge=0)

@@ -37,9 +37,9 @@ class DenseCLConfig(MethodConfig):
     correspondence: str = bounded("similarity", choices=("similarity", "crops"))
     """The positive of a cell of the query's view: similarity (the cell of the key's view with the most similar features
     of the backbone, as in the paper), or crops (the cell of the key's view that shows the same place of the image as
-    the center of the query's cell). With crops, the place is computed from the crops, flips and other geometric changes of both
-    views, without the augmentation steps of plug-ins (augment.steps); a cell whose center lies outside of the key's
-    view has no loss."""
+    the center of the query's cell). With crops, the place is computed from the crops, flips and other geometric changes
+    of both views, without the augmentation steps of plug-ins (augment.steps); a cell whose center lies outside of the
+    key's view has no loss."""
     grid: int = bounded(0, ge=0)
     """Pool the feature map to grid x grid cells; 0: do not pool the feature map (7 x 7 cells for a ResNet with 224
     pixels)."""
