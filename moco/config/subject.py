@@ -48,7 +48,7 @@ class EncoderConfig(ComputeConfig):
     directory of that file; for any other checkpoint=.../NAME.ending, runs/NAME."""
     seed: int = bounded(0, ge=0, lt=2**64)
     """Seed of the random choices of this command, such as subsets of the labeled images, the order of the images, their
-    views and initial weights. data.hold_out does not depend on it."""
+    views and initial weights. The images of data.hold_out (masks.hold_out, boxes.hold_out) do not depend on it."""
 
 
 @dataclass

@@ -266,8 +266,8 @@ def _decode_jpeg(path: str | Path, data: bytes) -> Tensor | None:
         pixels: Tensor = decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
         return pixels
     except RuntimeError as error:
-        # PIL must not try here: it fills the missing part of a file that ends in zeros, as after an interrupted
-        # download, with arbitrary pixels. (Neither decoder notices a file that is cut off but has an end marker.)
+        # PIL must not try here: if a file ends in zeros, as after an interrupted download, PIL invents the missing
+        # pixels. (Neither decoder notices a file that is cut off but has an end marker.)
         if "truncated" in str(error):
             raise _refusal(path, "truncated", "the JPEG is truncated") from error
         return None

@@ -23,7 +23,7 @@ HELD_OUT = ("test", "validation", "valid", "val")  # names of a held-out split, 
 def read_labels(
     values: Sequence[Any], where: str, fix: str, classes: Sequence[str] = (), min_classes: int = 2
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-    """Return labels (N,), indices into the class names, and the class names; (None, ()) if all images are unlabeled.
+    """Return labels (N,), which are indices into the class names, and these names; (None, ()) if no image has a label.
 
     Args:
         values: one value per image.
@@ -152,7 +152,7 @@ def labels_of_split(
 ) -> NDArray[np.int64]:
     """Return the labels (N,) of a held-out split as indices into the classes of training.
 
-    The held-out split may lack classes. Names of classes without a held-out image are ignored.
+    The held-out split may lack classes of training. A name in `classes` that no held-out image has is ignored.
 
     Args:
         labels, classes: of the held-out split.
@@ -167,7 +167,7 @@ def labels_of_split(
     if extra := [name for name in present if name not in index]:
         raise ValueError(
             f"{where} has images of {first_names(extra)}, and training has no such class{_similar(extra, training)}: "
-            "add training images of each class, or remove these"
+            "add training images of each class, or remove these held-out images"
         )
     place = np.array([index.get(name, -1) for name in classes], np.int64)
     return place[labels]

@@ -66,7 +66,8 @@ def load_head(path: Path) -> LinearHead:
             require({"layer", "unit", "classes"} <= about.keys(), "it has other metadata")
             return LinearHead(file.get_tensor("weight"), file.get_tensor("bias"), about)
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is no classifier of moco.linear ({cause(error)}): name linear.safetensors") from error
+        fix = "give the path of a linear.safetensors"
+        raise ValueError(f"{path} is no classifier of moco.linear ({cause(error)}): {fix}") from error
 
 
 def new_head(width: int, classes: int, std: float, seed: int) -> nn.Linear:

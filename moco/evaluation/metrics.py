@@ -124,7 +124,7 @@ def compute_metrics(ranked: Tensor, labels: NDArray[np.int64], classes: int) -> 
 
 
 def confusion_of(pairs: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
-    """Sum `Metrics.pairs` (P, 3), of one draw of labels or several, to a confusion matrix (L, L)."""
+    """Sum `Metrics.pairs` (P, 3) to a confusion matrix (L, L). They may come from several draws of labeled images."""
     counts = np.bincount(pairs[:, 0] * classes + pairs[:, 1], pairs[:, 2], classes**2)
     return counts.astype(np.int64).reshape(classes, classes)
 

@@ -88,7 +88,7 @@ def run_steps(
 
     Args:
         batches: of this rank; the same number on every rank.
-        step_of: takes an optimizer step; its arguments are the batch, the number of the step and its lr. Returns the
+        step_of: performs an optimizer step; its arguments are the batch, the number of the step and its lr. Returns the
             loss and the norm of the gradient, (2,).
         optimizer: for errors, which name its weight decay and, if above 1, the factor of the head's learning rate.
         schedule: the learning rates.

@@ -67,8 +67,8 @@ def mix_hard_negatives(
 
     i, j, a = pair_uniforms.to(cosine.dtype).unbind(dim=2)
     pairs = a[..., None] * choose(i) + (1 - a[..., None]) * choose(j)  # (N, s, C)
-    j, b = query_uniforms.to(cosine.dtype).unbind(dim=2)
-    share = b[..., None] / 2
-    with_query = share * query[:, None] + (1 - share) * choose(j)  # (N, s', C)
+    j, uniform = query_uniforms.to(cosine.dtype).unbind(dim=2)
+    b = uniform[..., None] / 2  # U(0, 0.5)
+    with_query = b * query[:, None] + (1 - b) * choose(j)  # (N, s', C)
     mixed = F.normalize(torch.cat([pairs, with_query], dim=1), dim=2)  # (N, s+s', C)
     return mixed * (available[..., None] > 0)

@@ -9,9 +9,10 @@ negatives in the softmax over the key k and all negatives:
 The decoupled contrast, L - u k, has the same gradient without the factor P.
 
 This is attention with keys = values = queue. As in FlashAttention (Dao et al., 2022) the sums run over parts of the
-queue and are relative to the largest logit so far (the online softmax of Milakov & Gimelshein, 2018). Forward saves the
-gradient, a vector (N, C) times a factor (N,), and backward multiplies it by the incoming gradient of the losses. By the
-chain rule the derivative with respect to a learned T is -u / T times the derivative with respect to u.
+queue and are relative to the largest logit so far (the online softmax of Milakov & Gimelshein, 2018). The
+gradient is a vector (N, C) times a factor (N,). Forward saves both, and backward multiplies them by the incoming
+gradient of the losses. By the chain rule the derivative with respect to a learned T is -u / T times the derivative with
+respect to u.
 
 The entropy of the p_j is L minus the mean logit under the p_j. This mean logit is u times the mean key.
 

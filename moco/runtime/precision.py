@@ -10,7 +10,7 @@ from torch import Tensor, nn
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIN_SPEEDUP = 1.2  # of bfloat16 over float32: a gain within the noise of the measurement does not justify more rounding
 ROUNDS = 5  # measured rounds, after one to warm up
-PIXELS = 4 * 224**2  # most pixels per channel of one measured pass; a pass has at most 32 images and at least one
+PIXELS = 4 * 224**2  # limit of the pixels per channel in one measured pass, which has 1 to 32 images
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
@@ -48,7 +48,9 @@ def _cpu_has(name: str) -> bool:
 
 
 def _measure_speedup(encoder: nn.Module, images: Tensor) -> float:
-    """Return the time of forward and backward in float32 over that in bfloat16, measured in turns.
+    """Return the time of forward and backward in float32, divided by the time in bfloat16.
+
+    The two formats are measured alternately.
 
     The shortest time of each number format counts, because other programs can only make a measurement longer.
     """

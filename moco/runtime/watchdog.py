@@ -52,8 +52,8 @@ def code_location(thread: int) -> tuple[str, bool]:
     if frame is None or not ours:
         return "", False
     file = Path(ours[-1].filename).relative_to(_PACKAGE.parent).as_posix()
-    # Only the innermost line can be in a collective: while a collective calls other code, such as the reading of a
-    # batch in `in_lockstep`, the other ranks wait for this one.
+    # The rank waits for the others only if its innermost line is in a collective. A function of `moco.distributed` that
+    # calls other code, as `in_lockstep` does to read a batch, makes the others wait for this rank.
     waiting = file == "moco/distributed.py" or any(each.name == "train_step" for each in ours)
     return f"{file}:{ours[-1].lineno} ({ours[-1].name})", waiting
 
