@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def refuse(word: str) -> None:
-    """Refuse an argument, with the command of the most similar name, and exit with status 2."""
+    """Refuse an argument: print the command with the most similar name, if there is one, and exit with status 2."""
     known = [each for names in COMMANDS.values() for each in names]
     close = difflib.get_close_matches(word.removeprefix("moco."), known)
     fix = f"run python -m moco.{close[0]}, or" if close else "run"

@@ -133,8 +133,8 @@ def load_encoder(
         size, resize: side of the input images, and their shorter side before the central crop, in pixels. None: those
             of the run or the file, else 224 and 256.
         bits: the number of significant bits, 8 ... 16, of images that have 16 bits per channel and are converted to
-            uint8 (see data.bits). None: that of the run's images, or 16 if it is unknown (a command would derive it
-            from its images).
+            uint8 (see data.bits). None: that of the run's images, or 16 if it is unknown (commands such as
+            moco.embed derive it from the images instead).
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -359,8 +359,8 @@ class MoCo(nn.Module):
     def _uniforms(self, view: int, first: int, index: Tensor) -> Tensor | None:
         """Return random numbers for mixing, (N, draws), for the queries from position `first` of the global batch.
 
-        They depend on seed, step, position and view. They do not depend on `index`, because the host would have to wait
-        for the device to read it.
+        They depend on seed, step, position and view. They do not depend on `index`, because to read it, the host would
+        have to wait for the device.
         """
         if not self.switches.draws:
             return None

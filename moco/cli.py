@@ -55,7 +55,7 @@ class Command(Generic[Schema]):
     def __call__(self, config: Schema) -> None:
         self.check(config)
         if isinstance(config, ResumableConfig):
-            with PreemptionHandler(config.stop_after) as preemption:  # the import in `_work` takes seconds
+            with PreemptionHandler(config.stop_after) as preemption:  # before the import in `_work`: it takes seconds
                 self._work()(config, preemption)
         else:
             self._work()(config)

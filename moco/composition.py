@@ -135,9 +135,9 @@ def _names(value: Any) -> list[str]:
 
 
 def _refuse_unloaded_plugins(config: Any) -> None:
-    """Refuse plug-ins that neither the command line nor the recipe's own file names: they were not imported.
+    """Refuse plug-ins that are not on the command line or in the recipe's own file: they were not imported.
 
-    An example is a plug-in that a file of the recipe's defaults list names.
+    An example is a plug-in that is set only by a file in the recipe's defaults list.
     """
     unloaded = [each for each in config.plugins if each not in plugins.versions()]
     named = f"plugins=[{','.join(config.plugins)}]"

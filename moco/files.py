@@ -113,7 +113,7 @@ def reserve(path: Path) -> None:
 
 
 def _allocate(file: IO[bytes], size: int) -> None:
-    """Allocate the blocks of a file, by writing zeros over the holes where the system has no call for it."""
+    """Allocate the blocks of a file; if the system has no call for this, write zeros over the holes."""
     try:
         os.posix_fallocate(file.fileno(), 0, size)
         return

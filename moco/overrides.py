@@ -53,7 +53,7 @@ def keep_text(arguments: Sequence[str], types: Mapping[str, Any]) -> list[str]:
     """Return the arguments of a command line with quotes around text that Hydra would change.
 
     Args:
-        arguments: the arguments, options of Hydra such as --multirun among them.
+        arguments: the arguments, including options of Hydra such as --multirun.
         types: the types of all fields of the command by their dotted names.
 
     Raises:
@@ -150,7 +150,7 @@ def _refuse_copied(argument: str) -> None:
 
 
 def _refuse_several(name: str, value: str, kind: Any) -> None:
-    """Refuse several values, separated by commas, without --multirun. Hydra itself refuses other types."""
+    """Refuse several values, separated by commas, without --multirun. Hydra refuses them for types not handled here."""
     texts = [_plain(each) for each in split(value)]
     if list[str] in members(kind):
         one = f"or, for one entry with a comma, {override(name, [value])}"

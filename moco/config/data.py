@@ -114,7 +114,8 @@ class DataConfig(SourceConfig):
     image, the same one in every epoch; bad_images.csv lists the unreadable ones, and the kNN accuracy in training
     leaves them out)."""
     max_bad: float = bounded(0.01, ge=0, lt=1, example="data.max_bad=0.01")
-    """For on_bad_image=replace: the run ends if more than this fraction of the images is unreadable."""
+    """For on_bad_image=replace, and for moco.pack: the command ends if more than this fraction of the images is
+    unreadable."""
 
 
 def _inherited_fields_optional(schema: type[Schema]) -> type[Schema]:

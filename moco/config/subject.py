@@ -47,8 +47,8 @@ class EncoderConfig(ComputeConfig):
     """Directory for results.json and figures. Empty: the run's directory; for an encoder.safetensors of moco.train, the
     directory of that file; for any other checkpoint=.../NAME.ending, runs/NAME."""
     seed: int = bounded(0, ge=0, lt=2**64)
-    """Seed of the random choices of this command, such as subsets of the labeled images, the order of the images, their
-    views and initial weights. The images of data.hold_out (masks.hold_out, boxes.hold_out) do not depend on it."""
+    """Seed of the random choices of this command, such as subsets of the labeled images, the order and the views of the
+    images, and initial weights. The images of data.hold_out (masks.hold_out, boxes.hold_out) do not depend on it."""
 
 
 @dataclass

@@ -16,8 +16,8 @@ class TransferConfig(SubjectConfig):
 
     sets: list[str] = bounded([], min_length=1, unique=True, path=True, example="'sets=[pets,dtd,IMAGES]'")
     """Data sets to evaluate on. An entry is a name from docs/howto/transfer.md, such as pets, cifar10 or voc07; or the
-    path of a folder, which contains either class folders or train/, test/ and perhaps val/ with class folders in each;
-    or data, the data set of the fields data.*."""
+    path of a folder, which contains either class folders, or train/ and one or both of test/ and val/, with class
+    folders in each; or data, the data set of the fields data.*."""
     root: str = bounded("data", path=True, min_length=1)
     """The folder that holds the named data sets, or into which they are downloaded, as torchvision lays them out."""
     download: bool = False

@@ -58,6 +58,9 @@ class Findings:
     formats: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)  # of faults and oddities
     files: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    split: int = 0  # of the files that are added: 0 training, 1 held-out
+    of_split: Counter[tuple[int, str]] = field(default_factory=Counter)  # counts by split and kind
+    examples: dict[tuple[int, str], str] = field(default_factory=dict)  # the first file by split and kind: path, reason
     moments: Moments | None = None  # of the training images
 
     def add(self, row: int, path: str, facts: ImageFacts) -> None:
@@ -73,6 +76,8 @@ class Findings:
     def note(self, kind: str, path: str, reason: str) -> None:
         """Count a file with a fault or oddity, `kind`; add it to `files`, at most `listed` files per kind."""
         self.counts[kind] += 1
+        self.of_split[self.split, kind] += 1
+        self.examples.setdefault((self.split, kind), f"{path}: {reason}")
         named = self.files.setdefault(kind, [])
         if len(named) < self.listed:
             named.append({"path": path} | ({"reason": reason} if reason else {}))
@@ -105,7 +110,7 @@ def _check_images(config: CheckDataConfig, output: Path) -> None:
     findings = Findings(config.listed, np.zeros((total, 2), np.int32), np.zeros(total, "V16"))
     row = 0
     with progress_bar("checking images") as progress:
-        for folder in folders:
+        for findings.split, folder in enumerate(folders):
             start = row
             try:
                 checked = in_order(
@@ -181,7 +186,7 @@ def suggest(
         recipe |= {"augment.size": 64, "augment.eval_resize": 72}
     normalization: dict[str, Any] = {f"augment.{name}": values for name, values in (stats or {}).items()}
     if stats and not is_rgb8 and any(abs(m) > 10 * s for m, s in zip(stats["mean"], stats["std"], strict=True)):
-        normalization["augment.brightness"] = 0  # 0.4 could move the mean by more than 4 standard deviations
+        normalization["augment.brightness"] = 0  # the recipe's 0.4 could move the mean by more than 4 std
     training = command("moco.train", SubjectConfig(), **recipe, **given, **normalization, run=free_run("runs/mine"))
     if "epochs" not in recipe:  # the recipe of a large data set
         return [f"next, on a GPU: {training}"]
@@ -224,16 +229,15 @@ def find_obstacles(data: DataConfig, lengths: Sequence[int], findings: Findings)
         many = f"{count:,} folder{'s' * (count > 1)}"
         obstacles.append(f"{many} cannot be read (give this user permission, or move them elsewhere)")
     splits: list[NDArray[np.int32]] = np.split(findings.sizes, np.cumsum(lengths)[:-1])
-    for name, sizes in zip(("training", "held-out"), splits, strict=False):
+    for split, (name, sizes) in enumerate(zip(("training", "held-out"), splits, strict=False)):
         readable = sizes[sizes[:, 0] > 0]
         unreadable = len(sizes) - len(readable)
         counted, fix = f"{unreadable:,} of the {len(sizes):,} {name} images cannot be read", "repair or remove them"
-        if unsupported := findings.files.get("unsupported"):  # intact files: the reason names the fields to set
-            fix = f"{unsupported[0]['path']}: {unsupported[0]['reason']}; otherwise {fix}"
+        if unsupported := findings.examples.get((split, "unsupported")):  # an intact file: the reason names the fix
+            fix = f"{unsupported}; otherwise {fix}"
         if unreadable and not len(readable):
-            kind = max(FAULTS, key=lambda each: findings.counts[each])
-            file = findings.files[kind][0]
-            obstacles.append(f"none of the {unreadable:,} {name} images can be read ({file['path']}: {file['reason']})")
+            example = findings.examples[max((findings.of_split[split, kind], (split, kind)) for kind in FAULTS)[1]]
+            obstacles.append(f"none of the {unreadable:,} {name} images can be read ({example})")
         elif unreadable and data.on_bad_image == "raise":
             more = f" data.max_bad={_share(unreadable, sizes):g}" if unreadable > data.max_bad * len(sizes) else ""
             obstacles.append(f"{counted} ({fix}, or set data.on_bad_image=replace{more})")

@@ -2,8 +2,8 @@
 
 Two routes return the same bits. The streamed route crops and resizes single images, read in a loader process, with ATen
 (`resized_crop`). The resident route crops a batch of images in memory, on its device, by two matrix products per sample
-(`resized_crops`), with the integer weights that ATen uses for uint8. So (seed, epoch, sample index, stream) determines
-a view on either route.
+(`resized_crops`), with the integer weights that ATen uses for uint8. So the key (seed, epoch, sample index, stream) of
+the random numbers (see `moco.data.keyed`) determines a view on either route.
 
 Both routes scale a crop down in one of two ways. With antialiasing, an output pixel is the weighted mean of all input
 pixels that it covers. Without antialiasing, an output pixel is interpolated between the two nearest input pixels along
@@ -163,7 +163,7 @@ def resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int, antialias
         n = len(top)
         # Rows come before channels, so that both products are plain batched ones.
         pixels = images[rows].permute(0, 2, 1, 3).to(dtype)  # (n, H, C, W)
-        with torch.autocast(device.type, enabled=False):  # autocast would reduce them to bfloat16
+        with torch.autocast(device.type, enabled=False):  # autocast would compute the products in bfloat16
             pixels = pixels.reshape(n, height * channels, width).bmm(by_column)  # (n, H*C, S)
             pixels = pixels.add_(0.5).floor_().view(n, height, channels * size)  # (n, H, C*S)
             pixels = by_row.bmm(pixels).add_(0.5).view(n, size, channels, size)  # (n, S, C, S)

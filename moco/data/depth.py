@@ -51,9 +51,9 @@ def with_pixel_format(sources: Sources, config: DataConfig) -> Sources:
     pixel_format = PixelFormat(config.channels, config.dtype, bits, tuple(config.preview))
 
     def formatted(source: Any) -> Any:
-        # A source with images in memory, or with a decoder of its own, has a fixed format.
         if source.images is None and "pixel_format" in getattr(source, "__dataclass_fields__", {}):
             return replace(source, pixel_format=pixel_format)
+        # A source with images in memory, or with a decoder of its own, has a fixed format.
         if (source.pixel_format.channels, source.pixel_format.dtype) != (config.channels, config.dtype):
             raise ValueError(
                 f"data.channels={config.channels} and data.dtype={config.dtype} do not fit data.name={config.name}, "

@@ -73,7 +73,7 @@ def copies_message(count: int, held_out: int) -> str:
     """Return the sentence about held-out images that are training images too."""
     return (
         f"{count:,} of the {held_out:,} held-out images are byte-identical to training images: the accuracy on them "
-        "does not show how well new images are classified; remove them from one side"
+        "does not show how well new images are classified; remove these images from one of the two sets"
     )
 
 

@@ -135,7 +135,7 @@ def joined(parts: Sequence[FolderSource]) -> FolderSource:
 
     Classes of the same name become one. The names of the images then begin with the number of their folder.
     """
-    same = len({part.classes for part in parts}) == 1  # keep their order, on which labels of other splits depend
+    same = len({part.classes for part in parts}) == 1  # keep this class order: labels of other splits use it
     classes = parts[0].classes if same else tuple(sorted({name for part in parts for name in part.classes}))
     labels = [labels_of_split(p.labels, p.classes, classes, p.root) for p in parts if p.labels is not None]
     return FolderSource(

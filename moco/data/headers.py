@@ -109,7 +109,7 @@ def has_deep_color(image: Image.Image) -> bool:
 def misreads_bands(image: Image.Image) -> bool:
     """Return whether PIL would misread a TIFF that stores band after band; call it before loading.
 
-    If the bands are not those of a color, PIL reads only the first one. PIL reads uncompressed color of
+    If the bands are not the channels of a color image, PIL reads only the first one. PIL reads uncompressed color of
     16 bits as color of 8 bits.
     """
     if not _by_band(getattr(image, "tag_v2", {})):

@@ -27,7 +27,7 @@ ODDITIES = {
     "CMYK": "converted to RGB without its color profile; with data.channels=4, read as four bands",
     "palette": "converted to RGB",
     "transparent": "put on a white background; a band that a TIFF marks as alpha, such as infrared, counts as opacity",
-    "extra band": "the bands after its color or gray are not used",
+    "extra band": "the bands after the color or gray channels are not used",
     "rotated by EXIF": "used upright",
     "white is zero": "inverted, so that black is zero",
     "several frames": "the first one is used; with other data.channels or data.dtype, pages of a TIFF are bands",

@@ -46,7 +46,9 @@ def batches(
     on_unreadable: OnUnreadable | None = None,
     places: bool = False,
 ) -> Generator[Batch, None, None]:
-    """Yield this rank's batches from step `start` to the end of training; `close` ends the loader processes earlier.
+    """Yield this rank's batches from step `start` to the end of training.
+
+    Closing the generator ends the loader processes earlier.
 
     Args:
         source: the images; if `source.images` is None, loader processes decode them.
@@ -76,8 +78,8 @@ def _tensors(batch: Batch) -> list[Tensor]:
     return [batch.index, *batch.views, *([] if batch.places is None else [batch.places])]
 
 
-# The epoch, the indices of the plan (n,), the indices of the images used, with those of substitutes (n,), the crops of
-# each view on the device, V of (n, C, S, S), and the heights and widths of the images (n, 2).
+# The epoch; the indices of the plan, (n,); the indices of the images used, possibly substitutes, (n,); the crops of
+# each view on the device, V of (n, C, S, S); the heights and widths of the images, (n, 2).
 CroppedBatch = tuple[int, NDArray[np.int64], NDArray[np.int64], list[Tensor], NDArray[np.int64]]
 
 

@@ -1,6 +1,6 @@
 """Prefetching on a GPU: the next batch is made while the step computes.
 
-Making a batch takes copies to the device and a few kernels (hundreds if those of `moco.kernels` cannot run). They run
+Making a batch needs copies to the device and a few kernels (hundreds if those of `moco.kernels` cannot run). They run
 on a stream of their own, beside the kernels of the step instead of before them.
 """
 

@@ -1,6 +1,6 @@
 """The data set that a run, an encoder file or an index names; these files may come from someone else.
 
-Nothing is downloaded, no folder is created, no command is run and no hub is contacted because a file says so.
+A file alone never causes a download, the creation of a folder, a command or a request to a hub.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,8 @@ def recorded_data(
         recorded: the fields in the file.
         given: the fields that the user has set.
         source: the file or directory, for the error.
-        trusted: whether to read a local folder whose path is given only by the file, as for a file in a run directory.
+        trusted: whether to read a local folder whose path is given only by the file; true, for example, for a file in
+            a run directory.
         fix: what to do instead, for the error; empty: the error proposes to repeat the fields or to set data.root.
 
     Raises:

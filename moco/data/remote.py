@@ -46,8 +46,8 @@ from moco.distributed import is_rank_zero
 SCHEMES = ("http", "https", "hf", "gs", "s3", "ais", "ftps", "sftp", "scp")  # each needs a download program
 _DRAWS = 1024  # random numbers drawn together
 
-# A rank's batch: epoch, position in the epoch (n,), identity (n,), a list of the crops of each view that ends with the
-# heights and widths of the images (n, 2), and unreadable images by identity.
+# A rank's batch: epoch; positions in the epoch, (n,); identities, (n,); a list of the crops of each view and, as its
+# last element, the heights and widths of the images, (n, 2); unreadable images by identity.
 Item = tuple[int, NDArray[np.int64], NDArray[np.int64], list[Tensor], dict[int, str]]
 CropFunction = Callable[[int, NDArray[np.int64], Iterable[Tensor]], list[Tensor]]  # epoch, positions, images -> crops
 
@@ -264,7 +264,7 @@ def samples_of(
             name = f"{member} of {address}"
             hashed = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
             yield Sample(int.from_bytes(hashed) >> 1, name, content)
-        while stream.read(2**16):  # until the end, so that the program that sends it can exit with its status
+        while stream.read(2**16):  # to the end, so that the sending program ends by itself, with its own exit status
             pass
         stream.close()
     except Exception as error:  # tarfile, the downloading program and the pipe have errors of their own

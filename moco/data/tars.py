@@ -1,8 +1,8 @@
 """The images of a tar stream that can be read only once; damage to it is an error.
 
 tarfile treats an unreadable header, or a stream that ends between two files, as the regular end of the archive: the
-rest is silently lost. Here the end must follow the format, a block of zeros followed by zeros only, and the checksum of
-a compressed stream is verified. Memory is bounded: an image has at most `MAX_BYTES`, and sparse files are refused.
+rest is silently lost. Here the end must follow the format (a block of zeros, then only zeros), and the checksum of a
+compressed stream is verified. Memory is bounded: an image has at most `MAX_BYTES`, and sparse files are refused.
 """
 
 import bz2
@@ -59,7 +59,8 @@ def images_of(
     """Yield name and content of each image, in the archive's order.
 
     A WebDataset sample is a sequence of files with the same name up to the first dot. If one of its images has just
-    that name and an ending, only this image is used; others, such as a mask, are skipped. If no image has such a name,
+    that name and an ending, only this image is used; others, such as a mask, are skipped. (Of more than `_PART` images
+    in a sample, those before the first part with such an image are used, too.) If no image has such a name,
     the dots are part of the names (IMG_2020.01.02.jpg), and each image file is an image of its own.
 
     Args:
@@ -77,8 +78,10 @@ def images_of(
         found = (file for file in files if file.content is not None)
         part = list(itertools.islice(found, _PART))
         skipped[WITHOUT] += not part
+        plain = False  # whether an earlier part had the plain image
         while part:
-            used = _used(part, endings)
+            used = [] if plain else _used(part, endings)
+            plain = plain or (len(used) == 1 and used[0].plain)
             yield from ((file.name, file.content or b"") for file in used)
             skipped[FURTHER] += len(part) - len(used)
             part = list(itertools.islice(found, _PART))
@@ -104,7 +107,7 @@ def _files(stream: Any, endings: tuple[str, ...]) -> Iterator[File]:
                 if info.issparse():
                     raise _SPARSE
                 if is_image and not 0 <= info.size <= MAX_BYTES:
-                    raise tarfile.ReadError(f"{info.name} has {info.size:,} bytes, an image at most {MAX_BYTES:,}")
+                    raise tarfile.ReadError(f"{info.name} has {info.size:,} bytes; the limit is {MAX_BYTES:,}")
                 content = tar.extractfile(info) if is_image else None
                 yield File(info.name, None if content is None else content.read())
             tar.members.clear()  # type: ignore[attr-defined] # tarfile would keep all headers in memory

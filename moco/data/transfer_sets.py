@@ -141,7 +141,7 @@ def open_splits(name: str, root: str) -> list[tuple[FolderSource, Labels]]:
     CIFAR, whose images are not in files, is opened by `moco.data.arrays`.
 
     Raises:
-        FileNotFoundError: if the data set is missing or incomplete; the message gives the size of the download.
+        FileNotFoundError: if the data set is missing, incomplete or damaged; the message says how to get it.
     """
     known, folder = SETS[name], _absolute(root)
     try:

@@ -169,7 +169,7 @@ def refuse_many(count: int, length: int, what: str, max_fraction: float, example
     """Raise ImageError if more than `max_fraction` of a source's images are unreadable."""
     if count > max_fraction * length:
         # data.max_bad must be below 1.
-        alternative = ", or set the data.max_bad that it names" if count < length else ""
+        alternative = ", or set the data.max_bad that moco.check_data names" if count < length else ""
         raise ImageError(
             f"{count} of the {length:,} {what} cannot be read, more than data.max_bad={max_fraction:g} allows, "
             f"{example}; python -m moco.check_data with the same fields data.* finds all: repair or remove them"

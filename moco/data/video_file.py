@@ -1,8 +1,8 @@
 """Read one video file: the times of all frames without decoding, and the pixels of single frames.
 
 A frame is found by seeking to the last keyframe before it and decoding from there, so its pixels do not depend on what
-was read before. Only the video demuxers in `DEMUXERS` may open a file: others, such as the one of playlists, would open
-the files and addresses that the content names.
+was read before. Only the video demuxers in `DEMUXERS` may open a file: others, such as the demuxer of playlists, would
+open any file or address that is written in the content.
 """
 
 import itertools
@@ -23,7 +23,8 @@ DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,asf,flv,ogg,mx
 # decoded, and the decoding time of this keyframe, to which the demuxer must seek.
 FRAME_TIMES = np.dtype([("pts", "i8"), ("key", "i8"), ("seek", "i8")])
 _EARLIEST = np.iinfo(np.int64).min  # a time before that of every frame
-# The largest delay, in seconds, from the time of a packet to the frame that is used for it: some packets give no frame.
+# A requested time is the time of a packet, and some packets give no frame: then the next frame is used, if it follows
+# within this many seconds.
 LATE = Fraction(1, 2)
 
 
@@ -73,7 +74,7 @@ def read_times(path: str) -> VideoTimes:
                 if number != video.index or (pts is None and packet.dts is None):
                     continue
                 packets, last = packets + 1, packet
-                if pts is None or not packet.size:  # the second field of an interlaced frame, or an empty one
+                if pts is None or not packet.size:  # the second field of an interlaced frame, or an empty packet
                     continue
                 if packet.is_keyframe:
                     keys = [*keys[-1:], (pts, pts if packet.dts is None else packet.dts)]

@@ -45,7 +45,7 @@ class Step(NamedTuple):
     The function takes two tensors on the same device: images (N, C, S, S), float32, and uniform numbers in [0, 1),
     (N, draws). Its options are keyword arguments. It returns the changed images, of the same shape. All of its
     randomness must come from the given numbers. The values of RGB images lie in 0 ... 1 if data.dtype is uint8 or
-    uint16; those of other images can lie outside.
+    uint16; in all other cases, values can lie outside.
     """
 
     function: Callable[..., Any]
@@ -79,7 +79,8 @@ class View:
     0) ... 1 + brightness."""
     contrast: float = 0.0
     """Strength of the contrast jitter: a factor, drawn as for brightness, multiplies the difference between each pixel
-    and the view's mean gray. For other channels than RGB, the difference is to the mean of the pixel's channel."""
+    and the view's mean gray. For other channels than RGB, the difference is to the view's mean of the pixel's
+    channel."""
     saturation: float = 0.0
     """Strength of the saturation jitter: a factor, drawn as for brightness, multiplies the difference between each
     pixel and its own gray value."""

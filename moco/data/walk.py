@@ -10,7 +10,8 @@ IMAGE_ENDINGS = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
     *(".jpe", ".jfif", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
-# Formats of images that are not read: of phones, raw files of cameras, and others. They must be converted first.
+# Endings of image formats that are not read: formats of phones, raw formats of cameras, and others. Such images must be
+# converted first.
 OTHER_IMAGE_ENDINGS = frozenset(
     (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf")
 )
@@ -107,7 +108,7 @@ def _add(tree: Tree, entry: os.DirEntry[str], path: str, folders: list[str], end
 
 
 def size_and_time(path: str) -> tuple[int, int]:
-    """Return size and modification time of a file; (-1, -1) if it cannot be found, such as a broken link."""
+    """Return size and modification time of a file; (-1, -1) if they cannot be read, as with a broken link."""
     try:
         stat = os.stat(path)
     except OSError:

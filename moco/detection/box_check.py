@@ -25,7 +25,7 @@ class BoxCheck:
         """Return a box (left, top, right, bottom), clipped to its image (W, H); None if it cannot be used.
 
         A box cannot be used if it has no area, before or after clipping, or reaches more than `TOLERANCE` outside its
-        image. `where` names it.
+        image. `where` is the name of the box in messages.
         """
         self.total += 1
         left, top, right, bottom = box

@@ -85,7 +85,7 @@ def _image(
 
 
 def _load(path: Path, file: str) -> dict[str, Any]:
-    require(path.exists(), f"{file} does not exist: name a json in COCO's format")
+    require(path.exists(), f"{file} does not exist: give the path of a json in COCO's format")
     try:
         refuse_special_file(path)
         text = path.read_bytes()
@@ -102,7 +102,7 @@ def _load(path: Path, file: str) -> dict[str, Any]:
     require(isinstance(content, dict), complaint)
     for name in ("images", "annotations", "categories"):
         require(isinstance(content.get(name), list), f"{complaint}, and {name} is no list")
-        require(bool(content[name]), f"{file}: the list {name} is empty: name a json with entries in it")
+        require(bool(content[name]), f"{file}: the list {name} is empty: give a json with entries in it")
     assert isinstance(content, dict)
     return content
 
@@ -138,7 +138,7 @@ def _classes(
     for number in sorted(categories):
         name = categories[number].get("name")
         valid = isinstance(name, str) and bool(name)
-        require(valid, f"{file}: category {number} has the name {name!r:.80}: name it with a text in quotes")
+        require(valid, f"{file}: category {number} has the name {name!r:.80}: set the name to a text in quotes")
         names[number] = str(name)
     twice = [name for name in names.values() if list(names.values()).count(name) > 1]
     require(not twice, f"{file}: the name {first_names(twice[:1])} belongs to two categories: rename one of them")

@@ -58,7 +58,7 @@ class Detection:
     """What all encoders and seeds share: the configuration, the encoder files and the images."""
 
     config: DetectConfig
-    own: EncoderFile  # the encoder that the field run or checkpoint names
+    own: EncoderFile  # the encoder given by the field run or checkpoint
     files: dict[str, EncoderFile]  # the file of each entry of the field `encoders`
     output: Path
     train: BoxedImages
@@ -239,7 +239,7 @@ def _save(run: Detection, name: str, network: nn.Module, folder: Path) -> None:
 
 
 def _settings(config: DetectConfig) -> dict[str, Any]:
-    """Return the settings without those of the encoder, the data and the normalization."""
+    """Return `own_settings` without the fields of the data and the normalization."""
     return {name: value for name, value in own_settings(config).items() if name not in ("boxes", "mean", "std")}
 
 

@@ -135,7 +135,7 @@ def split_stages(backbone: nn.Module, source: str) -> Stages:
         return Stages(layers, (*ends[max(0, len(ends) - 3) :], next(reversed(layers))))
     raise ConfigError(
         f"{source} is a {type(backbone).__name__}, without the stages of feature maps that a detector needs: "
-        "moco.detect takes torchvision's ResNets, such as resnet50, and convnet"
+        "moco.detect takes convnet and torchvision's ResNets, such as resnet50"
     )
 
 

@@ -15,7 +15,7 @@ def open_boxed(config: BoxesConfig, masks: bool) -> tuple[BoxedImages, BoxedImag
     """Return the images to train on, each with at least one box, and the held-out images. No image is decoded.
 
     Raises:
-        ConfigError: if files are missing or invalid, see `read_coco` and `read_voc`, or a split has no boxes.
+        ConfigError: if files are missing or invalid (see `read_coco` and `read_voc`), or a split has no boxes.
         ImageError: see `read_coco` and `split_copies`.
     """
     root, drop = Path(config.root), config.bad_boxes == "drop"
@@ -31,7 +31,7 @@ def open_boxed(config: BoxesConfig, masks: bool) -> tuple[BoxedImages, BoxedImag
         train, held_out = _of_files(config, root, masks, drop)
     train = train.with_boxes()
     for split, found in (("training", train), ("held-out", held_out)):
-        error = f"no {split} image has a box, apart from ignored objects: add boxes, or name other images"
+        error = f"no {split} image has a box, apart from ignored objects: add boxes, or choose other images"
         require(bool(found.count().sum()), error)
     _check_files("boxes.root", train)
     _check_files("boxes.eval_root" if config.eval_file else "boxes.root", held_out)
@@ -42,7 +42,8 @@ def _of_files(config: BoxesConfig, root: Path, masks: bool, drop: bool) -> tuple
     train = read_coco(Path(config.file), root, masks, drop, field="boxes.file")
     if config.eval_file:
         eval_root = Path(config.eval_root or config.root)
-        require(eval_root.is_dir(), f"boxes.eval_root={eval_root} is not a folder: name that of the held-out images")
+        fix = "set it to the folder of the held-out images"
+        require(eval_root.is_dir(), f"boxes.eval_root={eval_root} is not a folder: {fix}")
         return train, read_coco(Path(config.eval_file), eval_root, masks, drop, train.classes, "boxes.eval_file")
     _check_files("boxes.root", train)
     rest, held = split_copies([each.path for each in train.images], config.hold_out)

@@ -38,7 +38,7 @@ def write_predictions(path: Path, rows: Iterable[tuple[BoxedImage, Detections]],
 
 
 def _masked(pixels: np.ndarray, masks: list[np.ndarray], labels: np.ndarray) -> np.ndarray:
-    """Return pixels (H, W, 3) with half of their color replaced where a mask (H, W) is set."""
+    """Return pixels (H, W, 3), blended half and half with the color of the class where a mask (H, W) is set."""
     colors, out = voc_colors(), pixels.copy()
     for mask, label in zip(masks, labels, strict=False):
         out[mask > 0] = out[mask > 0] // 2 + colors[label % 256] // 2

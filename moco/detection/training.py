@@ -135,7 +135,7 @@ def _loader(
 
 
 def _on_device(batch: Sequence[Example], first: Tensor) -> tuple[list[Tensor], list[dict[str, Tensor]], Sequence[Any]]:
-    """Return images, targets and keys; images and targets on the device of the weight `first`, images of its type."""
+    """Return images and targets on the device of the weight `first`, and keys; the images have the dtype of `first`."""
     pixels, targets, keys = zip(*batch, strict=True)
     moved = [{name: each.to(first.device, non_blocking=True) for name, each in one.items()} for one in targets]
     return [each.to(first.device, first.dtype, non_blocking=True) for each in pixels], moved, keys

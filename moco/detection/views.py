@@ -85,7 +85,7 @@ def training_example(
 
 
 class TrainingDataset:
-    """The data set of the loader: the examples of one step."""
+    """The data set of the training: each item is the list of examples of one step."""
 
     def __init__(self, images: BoxedImages, settings: ViewSettings, seed: int) -> None:
         self.images, self.settings, self.seed = images, settings, seed

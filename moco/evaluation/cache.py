@@ -22,8 +22,8 @@ def cached(folder: Path, key: str, count: int, width: int, compute: Compute) -> 
 
     The key is a digest of everything that determines the features. The tensor is a view of the file, so no process has
     to hold all of it. Each rank computes and writes M / W rows; all processes must see the folder. The file gets its
-    name when it is complete (without `moco.files.atomic_write`, which serves one process), so an interrupted run leaves
-    no incomplete features. Two commands may compute the same key at once: each writes its own file.
+    name when it is complete, so an interrupted run leaves no incomplete features. (`moco.files.atomic_write` does the
+    same for a file that one process writes.) Two commands may compute the same key at once: each writes its own file.
 
     Raises:
         WriteError: if the disk is full; the space for all features is reserved first.

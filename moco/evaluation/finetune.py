@@ -196,7 +196,7 @@ def train_and_measure(
 ) -> tuple[list[Metrics], nn.Sequential, Plan]:
     """Train one encoder, "pretrained" or "untrained", with each seed, and measure it on the held-out split.
 
-    Returns the metrics of all seeds, and the network and the plan of the last seed. `on_step` gets a line per step.
+    Returns the metrics of all seeds, and the network and the plan of the last seed. For `on_step`, see `LogStep`.
     Without `supervision`, no state is saved.
     """
     task, metrics = run.task, []
@@ -247,7 +247,7 @@ def _identity(run: Finetuning, name: str, seed: int, plan: Plan, rows: NDArray[n
     data = data_with_absolute_paths(run.task.config, run.task.subject)
     for each in ("seeds", "encoders", "validation", "subset_list"):
         del settings[each]
-    # The digest depends on the order, which is that of earlier versions.
+    # The digest depends on the order of the keys: keep the order of earlier versions.
     last = ("precision", "view", "seed", "steps", "subset_list_sha256")
     settings |= {each: settings.pop(each) for each in last if each in settings}
     for each in ("workers", "download"):

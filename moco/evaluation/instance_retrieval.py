@@ -77,18 +77,18 @@ def instance_retrieval(
     modules = [network for network in networks.values() if isinstance(network, nn.Module)]
     device, batch_size = inference.device, inference.batch_size
     mean, std = (per_channel(each, device) for each in (transform.mean, transform.std))
-    host = float64_device(device)
+    result_device = float64_device(device)
     with ExitStack() as modes:
         for module in modules:
             modes.enter_context(evaluating(module))
         for batch in _crop_pairs(source, transform.size, device, batch_size, inference.workers, on_unreadable):
             heartbeat()
-            rows.append(batch.index.to(host))
+            rows.append(batch.index.to(result_device))
             for name, network in networks.items():
                 for images, out in zip(batch.views, features[name], strict=True):
                     with torch.no_grad(), autocast(device, inference.precision):
                         output = network(images if network is pixels else (images - mean) / std)
-                    out.append(output.float().to(host))
+                    out.append(output.float().to(result_device))
     # `gather` returns rows and features of all ranks in the same order.
     groups = _content_groups(source, gather(torch.cat(rows)), heartbeat)
     found = {}

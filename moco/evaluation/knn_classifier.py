@@ -97,7 +97,7 @@ def _votes(similarity: Tensor, labels: Tensor, temperature: float, classes: int)
 
 
 def _shares(similarity: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """Return the share of the votes (Q, L) for each label, of neighbors with labels (Q, k, L)."""
+    """Return the share of each label in the votes, (Q, L); `labels` are those of the neighbors, (Q, k, L)."""
     weights = _weights(similarity, temperature)
     votes = (weights.unsqueeze(1) @ labels.float()).squeeze(1)
     return votes / weights.sum(dim=1, keepdim=True).clamp(min=1)  # the nearest neighbor's weight is 1

@@ -291,7 +291,7 @@ def changed_settings(config: LinearConfig) -> dict[str, Any]:
 
 
 def _file_name(task: Task[LinearConfig]) -> str:
-    """Return the name of the files, without extension; it includes the data's name if the run had other data."""
+    """Return the files' name without extension, with the data's name in it if the encoder was trained on other data."""
     data, recorded = task.data, task.subject.file.config.get("data", {})
     name = "linear" if task.config.protocol == "sweep" else f"linear_{task.config.protocol}"
     if task.config.output or not recorded:

@@ -67,8 +67,8 @@ def fit_path(
         start: the classifier from which the first strength starts, fitted to similar samples.
         steps: the most steps of L-BFGS for each strength.
     """
-    # A shift and one scale for all features leave the solution unchanged, because the bias has no penalty, and let
-    # L-BFGS converge in far fewer steps.
+    # A shift leaves the solution unchanged, because the bias has no penalty. So does one scale for all features,
+    # because the penalty is divided by the square of the scale. Both let L-BFGS converge in far fewer steps.
     x = features.double()
     shift = x.mean(dim=0)  # (D,)
     x = x - shift

@@ -174,7 +174,7 @@ def duplicate_groups(
         for first in range(start + block, len(order) if len(kept) else 0, block):
             later = free(first)
             near = _steps(part[torch.from_numpy(kept).to(device)], _unit(features[order[later]], device))  # (K, b)
-            best = (near >= least).int().argmax(dim=0, keepdim=True)  # the first one that is similar enough
+            best = (near >= least).int().argmax(dim=0, keepdim=True)  # the first kept row that is similar enough
             found = near.gather(0, best)[0].cpu().numpy()
             joins = found >= least
             kept_by[later[joins]], steps[later[joins]] = own[kept[best[0].cpu().numpy()[joins]]], found[joins]

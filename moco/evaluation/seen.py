@@ -53,8 +53,8 @@ def held_out_seen(data: DataConfig, hold_out: float, file: EncoderFile, held_out
     """Return whether the held-out images can be among those that the encoder was trained on. There are three cases.
 
     (1) `hold_out` is above 0, and `data` shares images with the data of the training. (2) `data` shares images with the
-    data of the training and has a label file, and data.label_file, data.split or data.eval_split has another value.
-    (3) Files of `held_out` lie in the folders of the training, see `count_seen`.
+    data of the training and has a label file, and its label_file, split or eval_split differs from that of the
+    training. (3) Files of `held_out` lie in the folders of the training, see `count_seen`.
     """
     evaluated, recorded = asdict(data), file.config.get("data", {})
     splits = [
@@ -97,6 +97,6 @@ def warn_of_seen(held_out: Sequence[str], files: Iterable[EncoderFile]) -> bool:
     if counts and is_rank_zero():
         source, count = next(iter(counts.items()))
         problem = f"{count:,} of the {len(held_out):,} held-out images are in the folder of images that {source} was"
-        fix = "for a better estimate, name other held-out images"
+        fix = "for a better estimate, choose other held-out images"
         warnings.warn(f"{problem} trained on: {fix}", RunWarning, stacklevel=2)
     return bool(counts)

@@ -73,7 +73,7 @@ def open_subject(config: SubjectConfig) -> Subject:
     require(fits, f"images.size={transform.size} exceeds images.resize={transform.resize}: {fix}")
     if advice := crop_advice("images.size", transform.size, "images.resize", transform.resize):
         warnings.warn(advice, RunWarning, stacklevel=2)
-    # Refuse weights that do not fit this size now, before any image is searched for.
+    # Before any image is searched for, refuse weights that do not fit this size.
     file = fit_to_size(file, transform.size, "images.size")
     if not file.config:  # of another project
         unused = f"; not used: {', '.join(file.unused)}" if file.unused else ""

@@ -176,7 +176,7 @@ def _rows_by_ending(names: Sequence[str], endings: Iterable[str]) -> dict[str, l
 
 
 def _by_class(labels: Rows, seed: int, stream: int) -> list[Rows]:
-    """Return the rows of each class that occurs, in a random order that depends on `seed` and `stream`, the key."""
+    """Return the rows of each class that occurs, in a random order that depends on the key (`seed`, `stream`)."""
     order = permutation(seed, 0, len(labels), stream)
     counts = np.unique(labels, return_counts=True)[1]
     return np.split(order[np.argsort(labels[order], kind="stable")], np.cumsum(counts)[:-1])

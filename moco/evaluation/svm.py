@@ -56,7 +56,7 @@ def evaluate_svm(
     Args:
         training, test: features and labels.
         seed: the seed of the random division into folds.
-        costs: the costs to choose from; of several costs with the same precision, the first is chosen.
+        costs: the costs to choose from; of several costs with the same average precision, the first is chosen.
         progress: called with (classes done, L).
     """
     x, queries = (F.normalize(features.double(), dim=1).cpu().numpy() for features, _ in (training, test))

@@ -350,7 +350,7 @@ def describe(task: Task[Any], features: str) -> dict[str, Any]:
         "classes": list(task.train.classes),
         "sha256": on_rank_zero(lambda: images_digest(task.train, task.held_out)),
         "hold_out": config.data.hold_out,
-        # If true, the encoder can have seen them, but without labels: `open_labeled` refuses the other case.
+        # If true, the encoder can have seen held-out images, but without labels: `open_labeled` refuses the other case.
         "held_out_seen": held_out_seen(task.data, config.data.hold_out, subject.file, task.held_out),
         "held_out_in_training": task.copies,
     }
@@ -363,7 +363,7 @@ def count_shared(training: Sequence[str], held_out: Sequence[str]) -> int:
     count = sum(os.path.realpath(path) in known for path in held_out)
     if count and is_rank_zero():
         problem = f"{count:,} of the {len(held_out):,} held-out images are training images, too"
-        fix = "the results are not those of unseen images; remove them from one side"
+        fix = "the results are not those of unseen images; remove these images from one of the two sets"
         warnings.warn(f"{problem}: {fix}", RunWarning, stacklevel=2)
     return count
 

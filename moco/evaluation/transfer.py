@@ -50,7 +50,7 @@ NOTES = {
     "few_shot": "nearest mean of {shots} labeled images per class, {queries} queries per class; mean of {episodes} "
     "episodes ± half of its 95 % interval",
     "finetune": "encoder and classifier trained end to end on all labeled images; in parentheses or after ±: the 95 % "
-    "interval due to the number of test images, or of several seeds",
+    "interval due to the number of test images or, with several seeds, of the mean over the seeds",
 }
 DEFAULTS = TransferConfig(sets=["data"], encoders=["pretrained", "untrained"])  # those of configs/transfer.yaml
 
@@ -99,7 +99,8 @@ def open_candidates(config: TransferConfig, own: Subject) -> list[Candidate]:
             seed = own.file.seed
         elif name != "pretrained":
             subject = _open_other(name, config)
-        if seed is None and (subject is not own or OF_FIELDS not in config.sets):  # else `open_set` prints it
+        # If `sets` has the entry "data", `open_set` calls `log_labels` for `own`.
+        if seed is None and (subject is not own or OF_FIELDS not in config.sets):
             log_labels(subject.file)
         about: dict[str, Any] = {"weights": weights_digest(subject.file, "backbone"), "look": asdict(subject.transform)}
         if seed is not None:

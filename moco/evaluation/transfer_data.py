@@ -95,7 +95,7 @@ def check_names(sets: list[str]) -> None:
 
     Raises:
         ConfigError: for an unknown name.
-        FileNotFoundError: for a folder that does not exist.
+        FileNotFoundError: for a path that does not exist or is not a folder.
     """
     for each in sets:
         if each in SETS or each == OF_FIELDS or Path(each).is_dir():

@@ -189,8 +189,8 @@ def _finetune(name: str, splits: Splits, config: TransferConfig) -> Measure:
 def _refuse_several_labels(name: str, splits: Splits, config: TransferConfig) -> None:
     require(
         splits.measure != "voc_map",
-        f"sets={name} has images with several labels, and mode={config.mode} needs one class per image: remove it from "
-        "sets",
+        f"sets={name} has images with several labels, and mode={config.mode} needs one class per image: remove {name} "
+        "from sets",
     )
 
 

@@ -29,7 +29,7 @@ _FROM_DETECTRON2 = (
     (r"shortcut\.norm", "downsample.1"),
     (r"shortcut\b", "downsample.0"),
 )
-# The module that a pickled array names. NumPy before 1.26 knows it only by its old name, later versions by both.
+# The module of `_reconstruct` in a pickled array. NumPy before 1.26 knows only its old name, later versions know both.
 _RECONSTRUCT, _OLD_RECONSTRUCT = "numpy._core.multiarray", "numpy.core.multiarray"
 _ALLOWED = {f"{_RECONSTRUCT}._reconstruct", f"{_OLD_RECONSTRUCT}._reconstruct", "numpy.ndarray", "numpy.dtype"}
 

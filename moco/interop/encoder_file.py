@@ -338,7 +338,7 @@ def _channels(file: EncoderFile) -> int:
     try:
         with torch.device("meta"):
             first = first_convolution(_backbone(file))
-    except ForeignFileError:  # it cannot be built on the meta device
+    except ForeignFileError:  # the network cannot be built on the meta device
         return 3
     weight = file.weights.get(f"{first[0]}.weight") if first else None
     return int(weight.shape[1]) if weight is not None and weight.dim() == 4 else 3
@@ -359,7 +359,7 @@ def _most_complete(found: list[Part], file: EncoderFile, tensors: State) -> Part
     try:
         with torch.device("meta"):
             wanted = _shapes(_backbone(file).state_dict()).keys()
-    except ForeignFileError:  # it cannot be built on the meta device
+    except ForeignFileError:  # the network cannot be built on the meta device
         return found[0]
     if wanted and all(wanted.isdisjoint(each.backbone) for each in found):
         known = ", ".join(each.name for each in (*LAYOUTS, PLAIN))

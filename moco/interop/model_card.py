@@ -24,7 +24,7 @@ def model_card(
     """Return the card in Markdown. All text from the file and the results is escaped.
 
     Args:
-        file: the encoder. Its `images` have size, resize, mean and std, and its `config` no paths, see `shareable`.
+        file: the encoder. Its `images` have size, resize, mean and std, and its `config` has no paths, see `shareable`.
         timm: whether timm can build the network from the repository.
         parameters: the number of parameters of the network.
         results: entries of results.json, see `moco.runs.results.record`.

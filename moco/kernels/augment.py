@@ -183,7 +183,7 @@ def _reflected(x, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _blur_rows(colored, table, half, width, SIZE: tl.constexpr, RADIUS: tl.constexpr, BLOCK: tl.constexpr):
+def _blur_rows(colored, table, halfway, width, SIZE: tl.constexpr, RADIUS: tl.constexpr, BLOCK: tl.constexpr):
     """Blur along each row: from (N, 3, S, S) to (B, 3, S, S)."""
     slot = tl.program_id(0)
     sample = tl.load(table + slot * width + _BLURRED).to(tl.int64)
@@ -197,12 +197,12 @@ def _blur_rows(colored, table, half, width, SIZE: tl.constexpr, RADIUS: tl.const
         before = tl.load(start + _reflected(x - distance, SIZE), inside, 0.0)
         after = tl.load(start + _reflected(x + distance, SIZE), inside, 0.0)
         total += (before + after) * tl.load(weights + distance)
-    tl.store(half + slot.to(tl.int64) * (3 * SIZE * SIZE) + at, total, inside)
+    tl.store(halfway + slot.to(tl.int64) * (3 * SIZE * SIZE) + at, total, inside)
 
 
 @triton.jit
 def _blur_columns(
-    half,
+    halfway,
     table,
     out,
     mean,
@@ -221,7 +221,7 @@ def _blur_columns(
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < SIZE * SIZE
     y, x = at // SIZE, at % SIZE
-    start = half + (slot.to(tl.int64) * 3 + channel) * (SIZE * SIZE) + x
+    start = halfway + (slot.to(tl.int64) * 3 + channel) * (SIZE * SIZE) + x
     total = tl.load(start + y * SIZE, inside, 0.0) * tl.load(row + _WEIGHTS)
     for distance in range(1, RADIUS + 1):
         before = tl.load(start + _reflected(y - distance, SIZE) * SIZE, inside, 0.0)
@@ -265,7 +265,7 @@ def augment(
         color = {"WHITE": white, "BLOCKS": triton.next_power_of_2(blocks), **last}
         _color[(count, blocks)](crops, table, sums, out, mean, std, width, threshold, **color)
         if blurred:
-            half = torch.empty(blurred, 3, size, size, device=crops.device)
-            _blur_rows[(blurred, triton.cdiv(3 * pixels, _BLOCK))](out, table, half, width, size, radius, **exact)
+            halfway = torch.empty(blurred, 3, size, size, device=crops.device)
+            _blur_rows[(blurred, triton.cdiv(3 * pixels, _BLOCK))](out, table, halfway, width, size, radius, **exact)
             grid = (blurred, blocks, 3)
-            _blur_columns[grid](half, table, out, mean, std, width, threshold, RADIUS=radius, **last)
+            _blur_columns[grid](halfway, table, out, mean, std, width, threshold, RADIUS=radius, **last)

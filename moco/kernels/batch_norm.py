@@ -233,7 +233,7 @@ def batch_norm(
 
 
 def batch_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, saved: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradient with respect to `x`, and those to weight and bias: float32 (2, C), or (2, 0) without them."""
+    """Return the gradients of `x` and of weight and bias; the latter: float32 (2, C), or (2, 0) if `weight` is None."""
     groups = saved.shape[1]
     sizes = _sizes(x.shape, groups)
     parts = torch.empty(2, groups, sizes.parts, sizes.channels, device=x.device)

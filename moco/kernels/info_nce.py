@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LARGEST_DIM = 128  # C; more need more registers and shared memory than a multiprocessor has
+LARGEST_DIM = 128  # of C; a larger C needs more registers and shared memory than a multiprocessor has
 _PROGRAMS = 256  # approximate number to launch; an H200 has 132 multiprocessors
 # Queries and keys per product, and warps: 64 KiB of shared memory, and almost no spilled registers, on sm_80 and sm_90.
 _ROWS, _COLUMNS, _WARPS = 32, 64, 8

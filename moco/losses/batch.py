@@ -196,7 +196,7 @@ def _same_class(embeddings: Tensor, others: Tensor, offset: int, labels: Tensor 
     if labels is None:
         labels = torch.arange(total, device=others.device)
     if labels.shape != (total,):
-        raise ValueError(f"labels {tuple(labels.shape)} must have shape {(total,)}: those of the global batch")
+        raise ValueError(f"labels {tuple(labels.shape)} must have shape {(total,)}: one per sample of the global batch")
     if labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"labels are {str(labels.dtype).removeprefix('torch.')}; they must be integers")
     return labels[offset : offset + samples, None] == labels  # (N, M)

@@ -40,8 +40,8 @@ def relational_cross_entropy(
         with_key: whether the key itself is one more candidate.
 
     Returns:
-        The mean loss over the queries, shape (), and a dict of detached measures of shape (): "teacher_entropy", the
-        lowest possible loss, "negatives" (K), "chance", and those of `logit_measures`.
+        The mean loss over the queries, shape (), and a dict of detached measures of shape (): "teacher_entropy" (the
+        lowest possible loss), "negatives" (K), "chance", and those of `logit_measures`.
 
     Raises:
         ValueError: for an invalid temperature or shape.

@@ -1,6 +1,6 @@
 """The methods by name. A new method has its schema in NAME_config.py, its algorithm in NAME.py and an entry here.
 
-Importing this package does not import torch: a schema imports its algorithm in `build`.
+Importing this package does not import torch: a schema imports its algorithm only when its `build()` is called.
 """
 
 from collections.abc import Mapping

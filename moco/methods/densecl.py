@@ -60,7 +60,7 @@ class DenseCL(nn.Module):
         temperature: T.
         dense_weight: lambda.
         dense_warmup_steps: number of steps at the start with lambda = 0.
-        by_crops: match cells by the crops, not by their similarity.
+        by_crops: match cells by the crops, not by the similarity of their features.
     """
 
     encoder: nn.Module

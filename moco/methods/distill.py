@@ -8,12 +8,12 @@ One training step (see `moco/training/step.py`):
     method.enqueue(output.new_keys, index)       enqueue t, dequeue the oldest; with a queue only
 
 Student and teacher see the same view. Without a queue the loss is 1 - cos(s, t), averaged over images and views.
-With a queue it is that of SEED: the student learns the teacher's similarities of the image to the embeddings in the
-queue.
+With a queue the loss is that of SEED: the student learns the teacher's similarities of the image to the embeddings in
+the queue.
 
     SEED: Self-supervised Distillation for Visual Representation (Fang et al., ICLR 2021)
 
-The teacher is no part of the state: a resumed run reads it again, and refuses a teacher with another digest.
+Checkpoints do not contain the teacher: a resumed run loads the teacher again, and refuses one with another digest.
 
 Legend: N micro-batch, n local batch, W processes, M = W n global batch, C embedding, K queue length, V views.
 """

@@ -111,7 +111,7 @@ class NNCLR(nn.Module):
         self.queue.enqueue(gather(keys[:, 0]), gather(index))
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return z and NN(z, Q) without gradient, and p, of unit length, (N, C) each."""
+        """Return z, NN(z, Q) and p, each (N, C) and of unit length; only p has a gradient."""
         projection = self.encoder(images)
         z = unit_length(projection.detach())
         nearest = similarity(z, self.queue.keys).argmax(dim=1)  # (N, K) -> (N,)

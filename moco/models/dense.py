@@ -2,7 +2,7 @@
 
     Dense Contrastive Learning for Self-Supervised Visual Pre-Training (Wang et al., CVPR 2021)
 
-The global head sees the pooled features, as in MoCo. The dense head is the same MLP for each cell, which the paper
+The global head sees the pooled features, as in MoCo. The dense head applies one MLP to each cell, which the paper
 writes as 1x1 convolutions. A ViT's cells are its patch tokens after the last normalization.
 
 Legend: N images, S side of an image, D channels of the feature map, P = G x G cells, C embedding.
@@ -49,7 +49,7 @@ class DenseEncoder(nn.Module):
         self._kept = output
 
     def forward(self, images: Tensor, dense: bool = False) -> Tensor | DenseOutput:
-        """Return the embeddings of images (N, channels, S, S), (N, C); with `dense`, also those of their cells."""
+        """Return the embeddings (N, C) of images (N, channels, S, S); with `dense`, a `DenseOutput`."""
         embedding: Tensor = self.head(self.backbone(images))  # (N, C)
         found, self._kept = self._kept, None
         if not dense:

@@ -16,7 +16,7 @@ _NORMS = (GroupedBatchNorm, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.Gr
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, exclude: Sequence[str]) -> list[dict[str, object]]:
-    """Return the trainable parameters in two groups: with weight decay, and without weight decay.
+    """Return the trainable parameters in up to two groups: with weight decay, and without weight decay.
 
     If `exclude` contains "bias", the biases have no weight decay; if it contains "norm", the parameters of
     normalization layers have none. A learned temperature is never decayed: its parameter is log 1/T, for which 0 is not

@@ -21,7 +21,7 @@ def lr_factor(step: int, steps_per_epoch: int, epochs: int, optim: OptimConfig) 
         optim: uses its `schedule` ("cosine" from 1 to `lr_end`; "step", multiplied by `gamma` at each of
             the epochs `milestones`; or "constant"), `warmup_epochs` (linear; the cosine covers the rest),
             `warmup_from_zero`, and `per_epoch` (the value is constant within an epoch, as in facebookresearch/moco:
-            that of the epoch's first step, or, in a warm-up that does not start from 0, of its last step).
+            the value at the epoch's first step or, in a warm-up that does not start from 0, at its last step).
 
     Raises:
         ValueError: for an unknown schedule.

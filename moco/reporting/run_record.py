@@ -152,7 +152,7 @@ def findings(run: Run) -> list[Alarm]:
     batch_size, epochs = run.get("batch_size", TrainConfig.batch_size), run.get("epochs", math.inf)
     more = {"lr": run.get("optim.lr", math.nan), "starts_trained": run.starts_trained, "source": run.get("data.name")}
     more["shuffled_keys"] = run.get("model.shuffle_keys", False) and run.get("model.bn") == "grouped"
-    more["batch_parts"] = run.get("accumulate", 1)  # without the processes: their number can change when a run resumes
+    more["batch_parts"] = run.get("accumulate", 1)  # not times the processes: their number can change on resuming
     more["bn_group"] = run.get("model.bn_group_size", 1) if run.get("model.bn") == "grouped" else 1
     more["in_memory"] = run.get("data.resident", False) or run.get("data.name") in _IN_MEMORY
     if run.images is None and not math.isnan(run.total_steps):

@@ -126,7 +126,7 @@ def _kinds(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
 
 
 def _retrieval(run: Run) -> bool:
-    """Return whether the run was evaluated by instance retrieval, as it had no labeled held-out images."""
+    """Return whether the run was evaluated by instance retrieval instead of kNN."""
     return "retrieval/retrieval" in run.values
 
 

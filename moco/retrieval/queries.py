@@ -119,7 +119,7 @@ def _encoder(config: SearchConfig, index: Embedding) -> EncoderFile:
         require(path.is_file(), f"index={config.index}: its encoder {path} does not exist; set checkpoint=FILE")
         file = read_encoder(path, about["weights"], about["backbone"], about["options"])
         file = fit_to_size(file, index.about["look"]["size"], f"index={config.index}: images.size")
-    fix = "name that encoder, or remove run and checkpoint"
+    fix = "name the encoder of the index, or remove run and checkpoint"
     if not (config.run or config.checkpoint):
         fix = "the file has changed since: compute the index again with moco.embed, or set checkpoint=FILE"
     require(

@@ -242,7 +242,7 @@ def _best_first(images: ImageSet, rows: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _same_thumbnail(first: Tensor | None, second: Tensor | None) -> bool:
-    """Return whether no value of two images (3, H, W), scaled to 16 x 16 pixels, differs by more than 16 of 255.
+    """Return whether two images (3, H, W), scaled to 16 x 16 pixels, differ by at most 16 of 255 in every value.
 
     Among 250 photographs, the largest difference was at least 76 between any two different ones, and at most 15 between
     a photograph and its copy at 40 % of its width and height, or as a JPEG of quality 40.

@@ -43,7 +43,7 @@ class Embedding:
 
 
 def origin_of(about: About) -> str:
-    """Return the first folder of the images and the number of the others as text, or the name of the data set."""
+    """Return the first folder of the images and the number of further folders as text, or the name of the data set."""
     images = about["pictures"]
     return folders(str(images["root"] or images["name"]), images.get("more_roots"))
 

@@ -39,7 +39,7 @@ _NAME = re.compile(r"step_(\d+)(\.keep)?\.pt")
 _SCHEMA: dict[str, Any] = {
     "config": Mapping,
     "step": int,
-    "method": Mapping,  # its state dict; "optimizer" and "scaler" too
+    "method": Mapping,  # its state dict; "optimizer" and "scaler" are state dicts, too
     "optimizer": {"state": Mapping, "param_groups": list},
     "scaler": Mapping,
     "history": list,  # evaluations so far

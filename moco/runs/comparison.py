@@ -130,13 +130,13 @@ def of_weights(entries: Sequence[Mapping[str, Any]], digests: Sequence[str]) -> 
 
 
 def _key(entry: Mapping[str, Any], of_encoder: bool) -> Key:
-    """Return the key of an entry's column, or else of its row."""
+    """Return the key of an entry's column if `of_encoder`, else of its row."""
     fields = _fields(entry, of_encoder)
     return frozenset((name, json.dumps(value, sort_keys=True, default=str)) for name, value in fields.items())
 
 
 def _fields(entry: Mapping[str, Any], of_encoder: bool) -> dict[str, Any]:
-    """Return the fields of an entry that are part of the key of its column, or else of its row."""
+    """Return the fields of an entry that are part of the key of its column if `of_encoder`, else of its row."""
     found: dict[str, Any] = {}
     for name, value in entry.items():
         nested = name in _SECTIONS and isinstance(value, Mapping)
@@ -307,7 +307,7 @@ def evaluated_on(data: Mapping[str, Any]) -> str:
 
 
 def image_notes(data: Mapping[str, Any]) -> list[str]:
-    """Return what must be known about the images of an entry besides their source, because it changes its figures."""
+    """Return facts about an entry's images, other than their source, that affect its figures."""
     notes = ["held-out images were in the training set, without labels"] * bool(data.get("held_out_seen"))
     if copies := data.get("held_out_in_training"):
         notes.append(f"{copies} held-out images are copies of training images")
@@ -317,7 +317,7 @@ def image_notes(data: Mapping[str, Any]) -> list[str]:
 
 
 def chosen_neighbors(entry: Mapping[str, Any]) -> str:
-    """Return the k and temperature that an entry of moco.knn used, set or chosen; "" for other commands."""
+    """Return the k and temperature of an entry of moco.knn, whether they were set or chosen; "" for other commands."""
     settings = entry.get("settings") or {}
     if entry.get("command") != "knn" or not {"k", "temperature"} <= settings.keys():
         return ""

@@ -71,7 +71,7 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 def add_results(path: Path, values: Mapping[str, float], step: int) -> None:
-    """Pass the results of an evaluation to all loggers that know the run in `path`.
+    """Pass the results of an evaluation to every logger in `LOGGERS`; W&B and MLflow ignore a run they did not log.
 
     An error of a logger becomes a warning, except a `WriteError`.
 
@@ -87,15 +87,15 @@ def add_results(path: Path, values: Mapping[str, float], step: int) -> None:
 
 
 @contextmanager
-def _without_failing(name: str, instead: str, on_failure: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Turn an exception of a logger into a warning that ends with `instead`, what happens instead."""
+def _without_failing(name: str, consequence: str, on_failure: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Turn an exception of a logger into a warning, which ends with `consequence`."""
     try:
         yield
     except WriteError:
         raise
     except Exception as error:  # a logger raises whatever its library does
         on_failure()
-        message = f"logger={name} failed ({type(error).__name__}: {cause(error)}): {instead}"
+        message = f"logger={name} failed ({type(error).__name__}: {cause(error)}): {consequence}"
         warnings.warn(message, RunWarning, stacklevel=5)
 
 
@@ -104,7 +104,7 @@ class MetricsLogger:
 
     Args:
         path: the run's directory.
-        step: the step from which training resumes. Later records of an earlier attempt are dropped.
+        step: the step from which training resumes. Existing records of later steps are dropped; at 0, all records.
         loggers: names in `LOGGERS`.
     """
 

@@ -15,7 +15,7 @@ class Ended(NamedTuple):
     """How a process ended."""
 
     status: int  # exit status; -N if signal N ended it
-    stopped_by: int  # the first of `STOP_SIGNALS` that this process received meanwhile; 0: none
+    stopped_by: int  # the first of `STOP_SIGNALS` that the parent process received meanwhile; 0: none
 
 
 def is_finished(run: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The loggers Weights & Biases and MLflow. When a run resumes, the same run of the logger continues.
+"""The loggers Weights & Biases and MLflow. When a training run resumes, its run in the tracker continues.
 
 The tracker's id of a run is in wandb_id.txt or mlflow_id.txt in the run's directory, so that a run that resumes on
 another machine finds this id too.
@@ -117,7 +117,7 @@ class MLflow:
     def __init__(self, path: Path, config: Mapping[str, Any], step: int) -> None:
         self._client = _mlflow_client()
         known = _read_id(path, "mlflow") if step else None
-        # Steps before `_first`, the last step that an earlier attempt recorded, are not recorded again.
+        # `_first` is the last step that an earlier attempt recorded. Steps before `_first` are not recorded again.
         self._id, self._first = self._continue(known or os.environ.get("MLFLOW_RUN_ID"))
         if self._id is None:
             self._id = self._create(path, config)
@@ -164,7 +164,7 @@ class MLflow:
         return str(run.info.run_id)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record numbers, except those of steps before the last one that an earlier attempt has recorded."""
+        """Record numbers, except those of steps before the last step that an earlier attempt recorded."""
         if self._error:
             raise self._error
         if step >= self._first:

@@ -48,7 +48,7 @@ _LIVE: list[Terminal] = []  # consoles of the progress bars that are shown, the 
 
 
 def _console() -> Terminal:
-    """Return the console to print on: that of the progress bar, if one is shown, because it prints above the bar."""
+    """Return the console to print on: while a progress bar is shown, the bar's console, which prints above the bar."""
     return _LIVE[-1] if _LIVE else Terminal()
 
 
@@ -133,7 +133,7 @@ def progress_bar(
         bar.update(task, completed=done, total=total, visible=True)
 
     console = Terminal()
-    name = TextColumn(printable(description), markup=False, table_column=Column())  # wraps before a number is cut
+    name = TextColumn(printable(description), markup=False, table_column=Column())  # wraps, so that no number is cut
     columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=console.quiet or not console.is_terminal) as bar:
         task = bar.add_task("", total=None, visible=False)
@@ -183,7 +183,7 @@ def summary_panel(title: str, rows: Iterable[tuple[str, str]]) -> None:
     """
     console = _console()
     shown = [(name, printable(text)) for name, text in rows]
-    room = console.width - max((cell_len(name) for name, _ in shown), default=0) - 6  # of the borders and spaces
+    room = console.width - max((cell_len(name) for name, _ in shown), default=0) - 6  # 6: borders and spaces
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")

@@ -27,7 +27,7 @@ class StepTimes:
         self._steps += 1
 
     def record(self) -> dict[str, float]:
-        """Return the means over the steps since the last record."""
+        """Return the means over the steps since the last record, and the peak memory so far."""
         rate, wait = self._steps * self._batch_size / self._busy, self._waited / self._busy
         self._steps, self._busy, self._waited = 0, 0.0, 0.0
         return {

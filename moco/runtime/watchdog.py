@@ -1,10 +1,10 @@
 """Detect a hang, name the rank that causes it, and end the run so that its launcher can restart it.
 
 When one rank hangs, the others block in a collective and cannot tell which rank they are waiting for. Therefore a
-thread of each rank publishes its state every few seconds, in torchrun's store: the numbers of its finished steps and
-other parts of work and, after a long time without progress, the line of code that it is at. A second thread measures
-the time without progress and ends the process. A training step only makes two assignments for these threads, and does
-not wait for the device.
+thread of each rank publishes the rank's state every few seconds, in torchrun's store: the numbers of the rank's
+finished steps and other parts of work and, after a long time without progress, the line of code that the rank is at. A
+second thread measures the time without progress and ends the process. A training step only makes two assignments for
+these threads, and does not wait for the device.
 """
 
 import json

@@ -136,7 +136,7 @@ def choose_precision(
 
 
 def set_batch_norm_calls(method: Any, accumulate: int) -> None:
-    """Tell the grouped BN layers how often a step calls them: f_k view by view, f_q micro-batch by micro-batch."""
+    """Tell the grouped BN layers the number and order of calls: f_k view by view, f_q micro-batch by micro-batch."""
     for name, network in method.named_children():
         set_calls_per_step(network, method.passes, accumulate, view_by_view=name == "momentum_encoder")
 

@@ -1,8 +1,8 @@
 """The forward and backward passes of a step as a CUDA graph: the host launches one graph instead of many kernels.
 
 A graph repeats the kernels of one captured step, with the same addresses in memory and the same Python numbers. So each
-step first copies its inputs to fixed memory: the batch and the shuffles with one process, the batch and the keys with
-several. Nothing else in the passes may change between steps, see `MethodConfig.changing`. What follows the passes
+step first copies its inputs to fixed memory: with one process, the batch and the shuffles; with several, the batch and
+the keys. Nothing else in the passes may change between steps, see `MethodConfig.changing`. What follows the passes
 (optimizer, momentum update, queue) is no part of the graph.
 
 With several processes, the keys are encoded outside of the graph, because the number of images that two ranks exchange

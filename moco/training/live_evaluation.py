@@ -138,7 +138,7 @@ class LiveEvaluation:
             else:
                 scores = self._retrieval(start)
         self.history.append({"step": done, "epoch": epoch} | {name: list(score) for name, score in scores.items()})
-        # The baselines are repeated each time, so that their curves are horizontal lines beside that of training.
+        # The baselines are repeated each time, so that their curves are horizontal lines beside the encoder's curve.
         group = {"knn": "accuracy", "retrieval": "retrieval"}[self.measure]
         found = {name: score for name, score in scores.items() if name in (self.measure, "probe")}
         curves = baselines(self.history, self._config.starts_trained) | found

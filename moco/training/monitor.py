@@ -19,7 +19,7 @@ from moco.runtime.precision import autocast
 
 KEYS = 4096  # number of the newest keys of the queue whose rank, spectrum and spread are measured
 QUERIES = 16  # queries of a step whose logits are measured
-ENCODED = 64  # images per rank that are encoded again, rounded up to complete BN groups, at least two
+ENCODED = 64  # images per rank that are encoded again, rounded up to complete BN groups, at least two groups
 TOP = 10  # number of hardest negatives in the measure `top_share`
 LIKELY_FALSE = 0.9  # cosine above which a key in the queue probably shows the same thing as the query's key
 
@@ -118,7 +118,7 @@ class Monitor:
     def _shuffle_losses(
         self, queue: KeyQueue, output: Output, views: Sequence[Tensor], index: Tensor, temperature: float
     ) -> dict[str, Tensor]:
-        """Return the loss with unshuffled keys, normalized in the BN groups of their queries, and with shuffled keys.
+        """Return the losses with shuffled and with unshuffled keys; BN normalizes the latter in their queries' groups.
 
         The loss with unshuffled keys is lower if the statistics of a group reveal the positive (He et al., 2020, Sec.
         3.3). The step has encoded the keys of one of the two losses; those of the other cost a forward pass of the

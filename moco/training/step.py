@@ -84,8 +84,8 @@ def train_step(
     finite = statistics is None or _check_finite(measures["loss"], norm, scaler, statistics)
     if settings.clip_grad:
         torch._foreach_mul_(gradients, (settings.clip_grad / (norm + 1e-6)).clamp(max=1.0))
-    # The scaler must not see a non-finite step: it would skip it, and a fused optimizer's skipped first step leaves its
-    # state uninitialized.
+    # A non-finite step must not call `scaler.step`: the scaler would skip the update, and if it is the first one, a
+    # fused optimizer's state would stay uninitialized.
     if finite:
         scaler.step(optimizer)  # update f_q
     scaler.update()

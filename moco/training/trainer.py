@@ -139,7 +139,7 @@ class Trainer:
             self.notes += self.live.exclude_unreadable(self.unreadable.note)
         if config.evaluate.every_epochs and self.start == 0:
             self.notes += self.live.count_copies()
-        self.delayed_max = DelayedMaxOverRanks(device)  # of the reasons to stop, and whether to save by time
+        self.delayed_max = DelayedMaxOverRanks(device)  # of the reasons to stop, and of `CheckpointSchedule.is_late`
         self.late = False  # whether the last checkpoint is older than `checkpoint.every_minutes`
         self.schedule = CheckpointSchedule(config.checkpoint, self.plan.steps_per_epoch, state.get("seconds", 0.0))
 

@@ -24,10 +24,24 @@ from moco.data.check import suggest
 from moco.data.decode import FAULTS, ImageError
 from moco.data.image_facts import ODDITIES, image_facts
 from moco.files import WriteError
+from tests.data.images import write_image
 from tests.data.unreadable_files import encoded, folder, forbid, noise, odd_files, tiff, unreadable_files
 from tests.full_disk import full_at
 
 OF_VIDEOS = {"rotated", "oblong pixels", "interlaced"}
+
+
+def test_an_error_about_a_split_names_a_file_of_that_split(tmp_path: Path) -> None:
+    for split, count in (("train", 4), ("test", 1)):
+        for i in range(count):
+            for label in "ab":
+                write_image(tmp_path / split / label / f"{i}.png", i)
+    (tmp_path / "train/a/0.png").write_bytes(b"no image")
+    for label in "ab":
+        whole = (tmp_path / "test" / label / "0.png").read_bytes()
+        (tmp_path / "test" / label / "0.png").write_bytes(whole[: len(whole) // 2])
+    where = {"root": str(tmp_path / "train"), "labels": "folder", "eval_root": str(tmp_path / "test")}
+    checked(tmp_path / "report.json", r"none of the 2 held-out images can be read \(\S+/test/a/0\.png: ", **where)
 
 
 def checked(output: Path, error: str = "", **data: Any) -> dict[str, Any]:

@@ -111,6 +111,11 @@ def test_names_with_dots_and_samples_with_several_images() -> None:
     assert read(archive(many)) == (many, {})
 
 
+def test_further_images_of_a_large_sample_are_skipped() -> None:
+    files = {"s.jpg": b"plain"} | {f"s.{i:03}.jpg": b"mask" for i in range(150)}
+    assert read(archive(files)) == ({"s.jpg": b"plain"}, {FURTHER: 150})
+
+
 def test_a_repeated_name_is_refused() -> None:
     twice = archive({"a.jpg": b"1", "b.jpg": b"2"}).replace(b"b.jpg", b"a.jpg")
     info = tarfile.TarInfo.frombuf(archive({"a.jpg": b"2"})[:BLOCK], "utf-8", "surrogateescape")
@@ -132,7 +137,7 @@ def member(name: str, size: int, kind: bytes = tarfile.REGTYPE, **pax: str) -> b
 @pytest.mark.parametrize(
     ("head", "words"),
     [
-        (member("a.jpg", MAX_BYTES + 1), r"a\.jpg has 268,435,457 bytes, an image at most 268,435,456"),
+        (member("a.jpg", MAX_BYTES + 1), r"a\.jpg has 268,435,457 bytes; the limit is 268,435,456"),
         (member("a.jpg", 6_000_000_000), r"a\.jpg has 6,000,000,000 bytes"),
         (member("long name", 6_000_000_000, tarfile.GNUTYPE_LONGNAME), "extended header has 6,000,000,000 bytes"),
         (member("pax", 2**30, tarfile.XHDTYPE), "extended header has 1,073,741,824 bytes"),

@@ -91,7 +91,7 @@ def test_canvases_have_the_masks_and_boxes_of_their_json(tmp_path: Path) -> None
         ({"images": [{"id": "1"}]}, "entry 0 of images has the id '1', not a whole number: correct it"),
         ({"categories": [{"id": 3, "name": "a"}] * 2}, "the id 3 occurs twice in categories"),
         ({"categories": [{"id": i, "name": "a"} for i in (3, 7)]}, "the name a belongs to two categories"),
-        ({"categories": [{"id": 3, "name": 1}]}, "category 3 has the name 1: name it with a text"),
+        ({"categories": [{"id": 3, "name": 1}]}, "category 3 has the name 1: set the name to a text"),
         ({"annotations": annotation() * 2}, "the id 5 occurs twice in annotations: renumber one"),
         ({"annotations": annotation(image_id=9)}, "annotation 5 has image_id 9, which no image has"),
         (
@@ -144,7 +144,7 @@ def test_a_damaged_json_is_one_sentence(tmp_path: Path, text: str, message: str)
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_coco(path, tmp_path, masks=False, drop=False)
-    with pytest.raises(ConfigError, match=r"gone\.json does not exist: name a json"):
+    with pytest.raises(ConfigError, match=r"gone\.json does not exist: give the path of a json"):
         read_coco(tmp_path / "gone.json", tmp_path, masks=False, drop=False)
 
 

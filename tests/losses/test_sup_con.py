@@ -191,7 +191,7 @@ def test_base_temperature_is_a_factor() -> None:
         ({"embeddings": unit(2, N, C, seed=0)}, r"embeddings \(2, 4, 5\), others \(3, 6, 5\) must have"),
         ({"offset": 3}, r"offset=3 must be 0 \.\.\. 2: the position of the first sample"),
         ({"offset": -1}, r"offset=-1 must be 0 \.\.\. 2"),
-        ({"labels": LABELS[:N]}, r"labels \(4,\) must have shape \(6,\): those of the global batch"),
+        ({"labels": LABELS[:N]}, r"labels \(4,\) must have shape \(6,\): one per sample of the global batch"),
         ({"labels": LABELS, "mask": coins(N, M, seed=0)}, "labels and mask"),
         ({"mask": coins(M, M, seed=0)}, r"mask \(6, 6\) of torch.bool must be bool of shape \(4, 6\)"),
         ({"contrast_mode": "two"}, "contrast_mode='two' must be 'all' or 'one'"),

@@ -59,7 +59,7 @@ def config(name: str = "moco", **values: Any) -> TrainConfig:
         ({"temperature_schedule": "learned", "temperature": 2.0}, r"method.temperature=2.0 must lie between"),
         ({"temperature_period": 0.0}, r"method.temperature_period=0.0 must be above 0"),
         ({"augment__views": 3}, r"augment.views=3 must be 2 for moco"),
-        (SIMCLR | {"margin": 0.1}, r"needs the one positive of method.candidates=other_view"),
+        (SIMCLR | {"margin": 0.1}, r"method.margin=0.1 does not fit method.candidates=all"),
         (
             SIMCLR | {"labels": True, "candidates": "other_view"},
             r"method.candidates=other_view excludes method.labels=True",

@@ -45,8 +45,8 @@ ALL_NEGATIVES = 0.99
 # A spread of the embeddings. With a lower spread, such as that of an untrained encoder, all negatives count equally at
 # any temperature.
 SPREAD_OUT = 0.5
-# Share of the queries that find their key. Above it, it is normal that all negatives count equally: with well-spread
-# features they do at T = 1.
+# Share of the queries that find their key. Above it, it is normal that all negatives count equally, as the negatives do
+# at T = 1 if the features are well spread.
 RECOGNIZED = 0.5
 
 
@@ -80,7 +80,7 @@ def temperature_too_high(series: Series, facts: Facts) -> Alarm | None:
 
 
 # Share of the queries with their own key among the negatives. It is 1 if keys are enqueued before the loss is computed.
-# It is also above 0, but below 1, when embeddings begin to collapse: some negatives then equal the query's own key.
+# When embeddings begin to collapse, it lies between 0 and 1: some negatives then equal the query's own key.
 MAX_DUPLICATES = 0.1
 LOG_2_MARGIN = 0.05  # nats above log 2 that the other negatives may still add in a well-trained run
 SOLVED = 0.99  # share of the queries that find their key; without shuffling over 0.999 (He et al., 2020, Fig. A.1)

@@ -77,6 +77,6 @@ def in_parts(network: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def note_several_labels(source: Source) -> None:
-    """Log why a study of images with several labels each measures no accuracy."""
+    """Log why a study measures no accuracy if its images have several labels each."""
     if source.multi_labels is not None:
         log("images with several labels each: no accuracy is measured here; moco.knn and moco.linear measure the mAP")
