@@ -225,7 +225,7 @@ def _refuse_reference(name: str, text: str) -> None:
             return
         problem = "marks a missing value"
     except OmegaConfBaseException:
-        problem = "has an incomplete reference: ${field} is the value of another field"
+        problem = "has an incomplete ${...}, which refers to the value of another field"
     raise ConfigError(f"{name}={text} {problem}: choose other text")
 
 

@@ -194,7 +194,7 @@ def group_page(name: str, schema: type) -> Iterator[str]:
     given = values(CONFIGS / "train.yaml").get(name, {})
     yield f"# {name}\n\n{docstring(schema)} Schema: `{source(schema)}`. On the command line: `{name}.FIELD=VALUE`.\n\n"
     if (CONFIGS / name).is_dir():
-        yield "The table shows the defaults of the schema; the options below set other values. "
+        yield "The table shows the defaults of the schema; the options at the end of the page set other values. "
         yield "Values in the file of a recipe (`experiment=NAME`) take precedence over both.\n\n"
     yield from table(schema, given)
     for option, added in SCHEMAS.get(schema, {}).items():

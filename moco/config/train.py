@@ -132,7 +132,7 @@ class OptimConfig:
     warmup_epochs: float = bounded(0.0, ge=0)
     """Epochs at the start in which the lr rises linearly to its peak."""
     warmup_from_zero: bool = False
-    """Start the warm-up at lr 0, as in MoCo v3's code. Step s = 0, 1, ... of a warm-up of n steps then has the lr
+    """Start the warm-up at lr 0, as in MoCo v3's code. The lr of step s = 0, 1, ... of a warm-up of n steps is then
     peak x s / n; false: peak x (s + 1) / n."""
     lr_end: float = bounded(0.0, ge=0, le=1)
     """Final lr of schedule=cosine, as a fraction of the peak."""

@@ -15,9 +15,9 @@ class TransferConfig(SubjectConfig):
     """Evaluate encoders on many labeled data sets by linear classification, few-shot episodes or fine-tuning."""
 
     sets: list[str] = bounded([], min_length=1, unique=True, path=True, example="'sets=[pets,dtd,IMAGES]'")
-    """Data sets to evaluate on. An entry is a name from docs/howto/transfer.md, such as pets, cifar10 or voc07; or the
-    path of a folder, which contains either class folders, or train/ and one or both of test/ and val/, with class
-    folders in each; or data, the data set of the fields data.*."""
+    """Data sets to evaluate on. An entry is (1) a name from docs/howto/transfer.md, such as pets, cifar10 or voc07, or
+    (2) the word data, for the data set of the fields data.*, or (3) the path of a folder, which contains either class
+    folders, or train/ and one or both of test/ and val/, with class folders in each."""
     root: str = bounded("data", path=True, min_length=1)
     """The folder that holds the named data sets, or into which they are downloaded, as torchvision lays them out."""
     download: bool = False

@@ -130,7 +130,7 @@ def open_remote(config: DataConfig) -> Sources:
     try:
         addresses = tuple(str(each) for each in expand_urls(config.root))
     except (AssertionError, KeyError) as error:
-        unset = "contains an unset variable: ${NAME} is the environment variable WDS_NAME"
+        unset = "contains ${...} without a value: to give ${NAME} a value, set the environment variable WDS_NAME"
         raise ValueError(f"data.root={config.root} {unset}") from error
     except ValueError as error:  # of braceexpand
         raise ValueError(f"data.root={config.root}: {error}; the syntax is train-{{000000..000099}}.tar") from error

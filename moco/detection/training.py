@@ -78,7 +78,7 @@ def train(
     def step_of(batch: Sequence[Example], step: int, lr: float) -> Tensor:
         pixels, targets, keys = _on_device(batch, first)
 
-        def loss_of(images: Tensor) -> Tensor:
+        def loss_of(_: Tensor) -> Tensor:
             loss: Tensor = forward(pixels, targets, keys)
             return loss
 

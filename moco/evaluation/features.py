@@ -41,7 +41,7 @@ class EvalTransform:
 class Inference:
     """How a network computes the features of images."""
 
-    device: torch.device  # of the network; the features are on its `float64_device`
+    device: torch.device  # of the network; the features are on `float64_device(device)`, which is the CPU for MPS
     batch_size: int = 512  # images per forward pass
     workers: int | None = 0  # loader processes for images that are not in memory; None: see `count_processes`
     precision: torch.dtype = torch.float32  # of autocast; the features are float32

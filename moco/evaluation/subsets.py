@@ -71,7 +71,7 @@ def split_each_class(
 
     Without groups, the part has at least one image of each class that has two or more. With groups of several images,
     the part may be smaller or larger than its fraction. A group is taken only if every class keeps an image in the
-    rest, so the part has no image of a class without such a group: for example, a class with a single group.
+    rest. So the part can lack a class, for example a class whose images are all in one group.
 
     Args:
         labels: (N,); of images with several labels (N, L), which are split as if they were one class.

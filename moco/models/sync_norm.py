@@ -35,7 +35,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         x = x.contiguous(memory_format=memory_format(x))
         local = torch.stack(torch.batch_norm_stats(x, eps))  # (2, C), means and 1 / standard deviations
         means, inverses = gather(local[None]).unbind(1)  # (W, C) each
-        counts, ctx.whole = _counts(world_size(), x.numel() // x.shape[1], local.dtype, x.device)
+        counts, ctx.int_counts = _counts(world_size(), x.numel() // x.shape[1], local.dtype, x.device)
         statistics = means, inverses, running_mean, running_var, momentum, eps, counts
         mean, inverse = torch.batch_norm_gather_stats_with_counts(x, *statistics)  # (C,), of the global batch
         ctx.save_for_backward(x, weight, mean, inverse)
@@ -50,7 +50,9 @@ class _SyncBatchNorm(torch.autograd.Function):
         by_x = None
         if needed[0]:
             grad_sum, centered_sum = sum_over_ranks(torch.stack(sums))  # (C,) each, of the global batch
-            by_x = torch.batch_norm_backward_elemt(grad, x, mean, inverse, weight, grad_sum, centered_sum, ctx.whole)
+            by_x = torch.batch_norm_backward_elemt(
+                grad, x, mean, inverse, weight, grad_sum, centered_sum, ctx.int_counts
+            )
         return by_x, by_weight if needed[1] else None, by_bias if needed[2] else None, None, None, None, None
 
 
