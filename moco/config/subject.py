@@ -17,8 +17,8 @@ class ImagesConfig:
     size: int | None = bounded(None, ge=1, le=65_536)
     """Side of the input images in pixels."""
     resize: int | None = bounded(None, ge=0, le=65_536)
-    """Shorter side in pixels to which an image is resized before the central crop; 0: the image is resized to
-    images.size."""
+    """Shorter side in pixels to which an image is resized before the central crop of images.size pixels; 0: the
+    shorter side is resized to images.size."""
     mean: list[float] | None = bounded(None, min_length=1)
     """Mean of each channel, subtracted from the pixels, which are in 0 ... 1 unless data.dtype=float32."""
     std: list[float] | None = bounded(None, gt=0, min_length=1)

@@ -62,7 +62,7 @@ class AugmentConfig:
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     eval_resize: int = bounded(0, ge=0, le=65_536)
-    """Evaluation resizes the shorter side of an image to N pixels before the central crop; 0: to augment.size."""
+    """Evaluation resizes the shorter side of an image to N pixels before the central crop; 0: N = augment.size."""
     second: dict[str, Any] = field(default_factory=dict)
     """Fields that differ for the second view, e.g. {blur_p: 0.1, solarize_p: 0.2}."""
 

@@ -56,8 +56,8 @@ def batches(
             augmentation and holds `places`.
         workers: number of loader processes; 0 decodes in this process; None: see `count_processes`.
         on_unreadable: called with unreadable images, which are replaced by substitutes (`moco.data.unreadable`). The
-            views of a substitute use the random numbers of the unreadable image. So they differ from the views of the
-            same image at its own position in the epoch. None: an unreadable image ends the run.
+            views of a substitute use the random numbers of the unreadable image, so they differ from the substitute's
+            views at its own position in the epoch. None: an unreadable image ends the run.
         places: also return the place of each view in its image.
 
     Raises:

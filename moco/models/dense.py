@@ -78,7 +78,7 @@ def as_map(output: Tensor, backbone: nn.Module) -> Tensor:
 
 
 def pooled(feature_map: Tensor, grid: int) -> Tensor:
-    """Average a map (N, D, h, w) over G x G cells; `grid` is G, or 0 to keep the map."""
+    """Average a map (N, D, h, w) to G x G cells, (N, D, G, G); `grid` is G, or 0 to keep the map."""
     return F.adaptive_avg_pool2d(feature_map, grid) if grid else feature_map
 
 

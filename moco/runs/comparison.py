@@ -92,9 +92,9 @@ def placed(
 
     Different rows have different names, and so do different columns.
 
-    An entry of an earlier version lacks fields. It belongs to another row (or column) if exactly one row (or column)
-    agrees in all fields that the entry has, and all fields that the entry lacks are in `_OPTIONAL`. Otherwise the entry
-    has a row (or column) of its own.
+    An entry of an earlier version lacks fields. It joins an existing row (or column) if all fields that the entry lacks
+    are in `_OPTIONAL`, and exactly one row (or column) agrees with it in all other fields. Otherwise the entry has its
+    own row (or column).
 
     Args:
         entries: the entries, oldest first.
