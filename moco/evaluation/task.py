@@ -326,7 +326,8 @@ def describe_encoder(file: EncoderFile, features: str = "backbone") -> dict[str,
     known |= {"trained_with_labels": True} if file.used_labels else {}
     if features == "projection":
         known["backbone_sha256"] = weights_digest(file, "backbone")
-        known["projection"] = [list(each.shape) for each in file.head_weights.values()]  # identifies an untrained head
+        # The weights of an untrained network are not in the file: the shapes identify its head.
+        known["projection"] = [list(each.shape) for each in file.head_weights.values()]
     return known
 
 

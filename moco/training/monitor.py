@@ -54,7 +54,7 @@ class Monitor:
         self.histograms: dict[str, Tensor] = {}  # of the last measurement: counts over -1 ... 1
 
     def is_due(self, done: int) -> bool:
-        """Return whether to measure the step after which `done` steps are done."""
+        """Return whether to measure step number `done`, counted from 1."""
         return bool(self._every) and done % self._every == 0
 
     @torch.no_grad()

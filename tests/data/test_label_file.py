@@ -231,9 +231,9 @@ def test_parquet_gives_the_same_as_csv(root: Path) -> None:
 @pytest.mark.parametrize(
     ("table", "error"),
     [
-        ("", "has no column path and no column label: it is empty; name the columns"),
+        ("", "has no column path and no column label: it is empty; rename its columns"),
         (HEADER, "has no rows"),
-        ("path;label\na;b\n", "has no column path .*its columns are path;label; name the columns"),
+        ("path;label\na;b\n", "has no column path .*its columns are path;label; rename its columns"),
         (GOOD + "e.png,cat,train\n", r"names 1 image that data.root=.* does not hold: e.png \(line 7\)"),
         (
             GOOD + "c.png,dog,test\n",
