@@ -156,7 +156,7 @@ def load_classifier(file: str | Path, encoder: LoadedEncoder | None = None) -> L
 
     Args:
         file: `linear.safetensors`, or `linear_PROTOCOL.safetensors`.
-        encoder: the encoder on which the classifier was trained. None: load it from the path that `file` states.
+        encoder: the encoder on which the classifier was trained. None: load it from the path recorded in `file`.
 
     Raises:
         FileNotFoundError: if a file does not exist.
@@ -169,7 +169,7 @@ def load_classifier(file: str | Path, encoder: LoadedEncoder | None = None) -> L
         network = {"backbone": about["backbone"], "options": about.get("options")}
         encoder = load_encoder(about["encoder"], **network, size=look["size"], resize=look["resize"])
     info, fix = encoder.info, "pass the classifier's own encoder, encoder=moco.load_encoder(...)"
-    names = ("sha256",) if "sha256" in about else ("backbone", "step")  # for files of earlier versions
+    names = ("sha256",) if "sha256" in about else ("backbone", "step")  # earlier versions wrote no sha256
     whose = f"{path} belongs to the encoder {about['encoder']} (step {about['step']})"
     same = all(info[name] == about[name] for name in names)
     require(same, f"{whose}, and {info['source']} (step {info['step']}) has other weights: {fix}")

@@ -44,7 +44,7 @@ Directions = Sequence[tuple[int, int]]  # pairs (query's view, key's view)
 
 UNKNOWN = -1  # the image index of a key whose image is unknown: a random initial key, or one from another run's queue
 NO_CLASS = torch.iinfo(torch.int64).min  # the class of such a key; no image has this class
-# With this many logits (N x K) or more, the loss does not store them: 16 MiB of float32 are more than caches hold.
+# With this many logits (N x K) or more, the loss does not store them: 16 MiB in float32, more than many caches hold.
 STREAM_FROM = 2**22
 
 
@@ -54,7 +54,7 @@ def separate_unlabeled(labels: Tensor) -> Tensor:
 
 
 class KeyQueue(nn.Module):
-    """The dictionary: a ring buffer of the K newest keys and the indices of the images that they show.
+    """The dictionary: a ring buffer of the K newest keys and the indices of their images.
 
     Args:
         size: K.
@@ -65,7 +65,7 @@ class KeyQueue(nn.Module):
     """
 
     keys: Tensor  # (K, C), unit length
-    index: Tensor  # (K,), the index of the image that each key shows, or UNKNOWN
+    index: Tensor  # (K,), the image index of each key, or UNKNOWN
     count: Tensor  # (), number of keys enqueued so far; the next one goes to slot count % K
 
     def __init__(self, size: int, dim: int, start: str = "random", mask_own_keys: bool = True) -> None:
@@ -94,7 +94,7 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def load(self, keys: Tensor) -> None:
-        """Fill the queue with keys (K, C) of unknown images, the oldest first; they are normalized."""
+        """Fill the queue with keys (K, C) of unknown images, the oldest first, and normalize them."""
         self.keys.copy_(unit_length(keys))
         self.index.fill_(UNKNOWN)
         self.count.fill_(self.size)
@@ -212,7 +212,7 @@ class Method(Protocol):
     encoder: nn.Module  # f_q
     temperature: float  # T; if it has a schedule, the trainer sets it before each step
     step: int  # number of the current step, from 0; the trainer sets it before each step
-    passes: int  # forward passes of an encoder per micro-batch, without those of the small views
+    passes: int  # forward passes of each encoder per micro-batch, without those of the small views
 
     @property
     def momentum_encoder(self) -> nn.Module | None: ...

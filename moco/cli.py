@@ -23,8 +23,8 @@ Schema = TypeVar("Schema")
 
 # What to do about an unreadable image, by command; other commands need every image.
 _IMAGE_ADVICE = {
-    "train": "python -m moco.check_data with the same fields data.* lists all such images; to replace them by other "
-    "images, set data.on_bad_image=replace and the data.max_bad that it names",
+    "train": "python -m moco.check_data with the same data.* fields lists all such images; to replace them by other "
+    "images, set data.on_bad_image=replace and the data.max_bad that moco.check_data names",
     **dict.fromkeys(
         ("embed", "search", "knn", "linear", "finetune", "transfer"), "to leave out such images, set on_bad_image=skip"
     ),
@@ -99,10 +99,10 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
     """Compose `configs/NAME.yaml` with the overrides of the command line, check it against the schema, run the command.
 
     The exit status is 2 for a configuration that is invalid or names a file or folder that does not exist, 1 for an
-    error of the command, 75 (EX_TEMPFAIL) for a training (moco.train, finetune, segment, detect, or a run of
-    temperature) that was stopped and has saved its state, and 130 after Ctrl-C. After another signal, a command that
-    saves no state exits with 128 + the number of the signal (143 for SIGTERM). The status is 141 if the output pipe of
-    --help is closed (`| head`).
+    error of the command, 75 (EX_TEMPFAIL) for a training (of train, finetune, segment, detect or temperature) that was
+    stopped and has saved its state, and 130 after Ctrl-C. After another signal, a command that saves no state exits
+    with 128 + the number of the signal (143 for SIGTERM). The status is 141 if the output pipe of --help is closed
+    (`| head`).
     ValueError, OSError, FloatingPointError, MemoryError and Warning are reported without a traceback; MOCO_TRACEBACK=1
     shows it instead.
     """
@@ -149,7 +149,7 @@ def _how_to_continue(name: str, stopped: BaseException) -> str:
 
 
 def _silence_finalizers() -> None:
-    """Keep Python from printing errors of finalizers: a signal may have interrupted a constructor."""
+    """Keep Python from printing errors of finalizers, which fail after a signal has interrupted a constructor."""
     sys.unraisablehook = lambda _: None
 
 

@@ -153,7 +153,7 @@ def _with_recipe(config: DictConfig) -> DictConfig:
 
 
 def _refuse_options(arguments: Sequence[str], types: Iterable[str]) -> None:
-    """Raise ConfigError for a field written as an option, --field, or a list for a group, such as data=[].
+    """Raise ConfigError for a field written as an option (--field), or for a group set to a list, such as data=[].
 
     For an option, argparse would print eight lines. Hydra would ignore an empty list, and merge all files that a
     longer list names.
@@ -200,7 +200,7 @@ def to_dataclass(composed: DictConfig, schema: type[Schema]) -> Schema:
 
 def _refuse_shared_output(composed: list[DictConfig], names: Iterable[str]) -> None:
     """Refuse --multirun with jobs that would overwrite each other's files; `names` are the command's fields."""
-    place = "output" if "output" in names else "run"  # commands that read a run write to `output`
+    place = "output" if "output" in names else "run"  # a command that reads a run writes to `output`
     sources = (place, "run", "checkpoint")
     written = [next((f"{name}={each[name]}" for name in sources if each.get(name)), "") for each in composed]
     if len(set(written)) < len(written):

@@ -9,8 +9,8 @@ similarities s is
 
 The push on all negatives together equals the pull on the positive. r_ij, the share of one negative in that push, is the
 softmax over the negatives only. The gradient with respect to the query is the sum over all keys of dL/ds times the key.
-Keys have unit length, so the lengths of the negatives' terms in this sum have the same shares. A function that refuses
-an argument raises ValueError.
+Keys have unit length, so the lengths of the negatives' terms in this sum are proportional to r_ij, too. A function that
+refuses an argument raises ValueError.
 
 Legend: N queries, K negatives, B temperatures.
 """

@@ -34,7 +34,7 @@ def rank_me(features: Tensor, epsilon: float = EPSILON) -> Tensor:
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"features {tuple(features.shape)} must be (M, C) with M at least 1")
     if not 0 < epsilon < math.inf:
-        raise ValueError(f"epsilon={epsilon} must be above 0 and finite, since an empty direction has log(epsilon)")
+        raise ValueError(f"epsilon={epsilon} must be above 0 and finite: a zero singular value leads to log(epsilon)")
     sigma = _gram_spectrum(features.double()).sqrt()  # (R,)
     p = sigma / sigma.sum().clamp(min=torch.finfo(sigma.dtype).tiny) + epsilon
     entropy: Tensor = torch.special.entr(p).sum()

@@ -200,7 +200,7 @@ def expand_paths(config: Any) -> None:
         require(not full.startswith("~"), f"{name}={path}: there is no user {user[1:]!r}; write ./{path} for that name")
         # Some data sets are read from addresses, and encoders can be on the Hub.
         readable = name.startswith("data.") or (name in _FROM_HUB and path.startswith(HUB))
-        require(readable or "://" not in path, f"{name}={path} is an address: download the file, and name it here")
+        require(readable or "://" not in path, f"{name}={path} is an address: download the file, and set its path here")
         return full
 
     for group, field_name, name, value, bounds in _leaves(config):

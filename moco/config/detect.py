@@ -1,5 +1,6 @@
 """The configuration of `python -m moco.detect`."""
 
+import itertools
 from dataclasses import dataclass, field
 
 from moco.config.base import ResumableConfig, bounded, refuse_on_mps, require, require_divisible
@@ -134,12 +135,12 @@ def check_detect(config: DetectConfig, processes: int = 1) -> None:
     refuse_on_mps(config, "this command")
     boxes, default = config.boxes, BoxesConfig()
     require(bool(boxes.root), "boxes.root is empty: set boxes.root=DIR, and boxes.layout to the layout of its files")
-    for layout, names in _OF_LAYOUT.items():
-        for name in names:
-            value = getattr(boxes, name)
-            unused = name not in _OF_LAYOUT[boxes.layout] and value != getattr(default, name)
-            error = f"boxes.{name}={value} is for boxes.layout={layout}, not {boxes.layout}: remove one of them"
-            require(not unused, error)
+    for name in dict.fromkeys(itertools.chain(*_OF_LAYOUT.values())):
+        value, layouts = getattr(boxes, name), [layout for layout, names in _OF_LAYOUT.items() if name in names]
+        error = (
+            f"boxes.{name}={value} is for boxes.layout={' or '.join(layouts)}, not {boxes.layout}: remove one of them"
+        )
+        require(boxes.layout in layouts or value == getattr(default, name), error)
     if boxes.layout == "json":
         require(bool(boxes.file), "boxes.file is empty: set boxes.file=FILE.json, the boxes of the training images")
         parts = [f"boxes.eval_file={boxes.eval_file}"] * bool(boxes.eval_file)

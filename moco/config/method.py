@@ -87,11 +87,9 @@ class MethodConfig:
             f"method.temperature={self.temperature} must lie between {limits}: learning starts there",
         )
         for name in ("temperature_low", "temperature_high", "temperature_period"):
-            value, kinds = getattr(self, name), "cosine" + " or learned" * (name != "temperature_period")
-            require(
-                kind != "constant" or value == getattr(MethodConfig, name),
-                f"method.{name}={value} has no effect with method.temperature_schedule=constant: set {kinds}",
-            )
+            value, kinds = getattr(self, name), ["cosine", "learned"][: 1 + (name != "temperature_period")]
+            error = f"method.{name}={value} has no effect with method.temperature_schedule={kind}"
+            require(kind in kinds or value == getattr(MethodConfig, name), f"{error}: set {' or '.join(kinds)}")
         small = config.augment.small_views
         require(
             self.takes_small_views or small == 0,

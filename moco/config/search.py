@@ -44,7 +44,7 @@ class SearchConfig(EmbedConfig):
 def check_search(config: SearchConfig) -> None:
     """Raise ConfigError for an invalid configuration."""
     check_bounds(config)
-    if not config.index or config.run or config.checkpoint:  # an index knows its encoder
+    if not config.index or config.run or config.checkpoint:  # an index alone is enough: it records its encoder
         check_subject(config)
     refuse_hold_out(config.data)
     both = f"query={config.query} and sample={config.sample}"

@@ -189,8 +189,8 @@ class TrainConfig(StoppableConfig):
     shows that it is at least 1.2 times as fast; else fp32. A resumed run keeps its precision."""
     channels_last: bool = True
     """Store weights and feature maps in channels-last memory format. Convolutions are then faster; results are equal up
-    to rounding. It has no effect with device=mps, because some versions of torch then compute wrong gradients, see
-    docs/gpu.md."""
+    to rounding. It has no effect with device=mps, where some versions of torch compute wrong gradients with this
+    format, see docs/gpu.md."""
     compile: bool = False
     """Compile the encoders with torch.compile. This takes minutes at the start and makes each step faster."""
     cuda_graph: bool = False

@@ -92,7 +92,7 @@ def bands_of(image: Image.Image, pixel_format: PixelFormat) -> Tensor:
     """
     image.load()  # PIL rotates a TIFF upright here
     if image.mode == "RGBA" and getattr(image, "tag_v2", {}).get(TiffImagePlugin.EXTRASAMPLES, (0,))[0] == 1:
-        raise ValueError("PIL has divided the bands of the image by the last one (associated alpha): pass its path")
+        raise ValueError("PIL has divided the image's bands by the last one (associated alpha): pass the image's path")
     orientation = orientation_of(image)
     return torch.from_numpy(_of_type(_bands(_loaded(image), pixel_format.channels, orientation), pixel_format.dtype))
 

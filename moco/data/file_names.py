@@ -1,4 +1,4 @@
-"""Names of files that a table, a list or a person writes: Unicode has several forms of the same text.
+"""File names from a table, a list or a person: Unicode has several forms of the same text.
 
 The letter ü is one character, or the letter u and a mark. macOS and some archives write the second form (NFD), editors
 and keyboards the first one (NFC).

@@ -165,9 +165,9 @@ def _columns(names: Sequence[str], where: str) -> list[str]:
     for name in names:
         found.get(name.strip().casefold(), others).append(name)
     if missing := [column for column in ("path", "label") if not found[column]]:
-        held = f"its columns are {first_names(names, 8)}" if names else "it is empty"
+        listed = f"its columns are {first_names(names, 8)}" if names else "it is empty"
         raise ValueError(
-            f"{where} has no column {' and no column '.join(missing)}: {held}; rename its columns to path and "
+            f"{where} has no column {' and no column '.join(missing)}: {listed}; rename its columns to path and "
             "label, and for a held-out split add a column split; the columns of a CSV file are separated by commas"
         )
     if twice := [same for same in found.values() if len(same) > 1]:

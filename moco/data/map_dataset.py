@@ -51,7 +51,7 @@ class DatasetSource(Source):
         return replace(self, rows=self.rows[rows], labels=labels, multi_labels=multi_labels)
 
     def content_digest(self) -> str:
-        """Return the SHA-256 over all names, and the pixels of at most `_SAMPLED` evenly spaced images."""
+        """Return the SHA-256 over all names and the pixels of at most `_SAMPLED` evenly spaced images."""
         sha = hashlib.sha256()
         for i in np.unique(np.linspace(0, len(self) - 1, _SAMPLED).astype(np.int64)).tolist():
             try:

@@ -68,7 +68,7 @@ def opening_lines(sources: Sources) -> list[str]:
         named = " and ".join(
             f"{split} ({count:,} {'files' if count > 1 else 'file'})" for split, count in unused.items()
         )
-        hint = "; data.eval_split names the held-out split" if unused.keys() - {UNUSED} else ""
+        hint = "; data.eval_split selects the held-out split" if unused.keys() - {UNUSED} else ""
         lines.append(f"not used: split {named}{hint}")
     labeled = sources.bank if sources.train.labels is None and sources.bank is not None else sources.train
     if not class_counts(labeled):

@@ -113,7 +113,7 @@ def blur(x: Tensor, half_kernel: Tensor) -> Tensor:
 
 
 def solarize(x: Tensor, threshold: float) -> Tensor:
-    """Invert the values from `threshold` on. x (n, C, S, S); returns a new tensor."""
+    """Invert the values at or above `threshold`. x (n, C, S, S); returns a new tensor."""
     return torch.where(x >= threshold, 1 - x, x)
 
 

@@ -250,7 +250,10 @@ def summarize(config: PackConfig, index: dict[str, Any], title: str, seconds: fl
 
 
 def growth_note(config: PackConfig, before: int, after: int, images: int) -> str:
-    """Explain why the shards are much larger than the original files; "" if they are not. Sizes are in bytes."""
+    """Explain why the shards are much larger than the original files; "" if they are not, or no known reason applies.
+
+    Sizes are in bytes.
+    """
     if after <= 1.5 * before or not before:
         return ""
     size = before / images

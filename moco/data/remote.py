@@ -1,4 +1,4 @@
-"""A stream of tar shards that cannot be read at random: from a web server, a bucket, or a pipe.
+"""A stream of tar shards without random access: from a web server, a bucket, or a pipe.
 
 The stream differs from every other source:
 

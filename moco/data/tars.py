@@ -59,9 +59,9 @@ def images_of(
     """Yield name and content of each image, in the archive's order.
 
     A WebDataset sample is a sequence of files with the same name up to the first dot. If one of its images has just
-    that name and an ending, only this image is used; others, such as a mask, are skipped. (Of more than `_PART` images
-    in a sample, those before the first part with such an image are used, too.) If no image has such a name,
-    the dots are part of the names (IMG_2020.01.02.jpg), and each image file is an image of its own.
+    that name and an ending, only this image is used; others, such as a mask, are skipped. (A sample is read in parts of
+    `_PART` images; if this image is in a later part, the images of earlier parts are used, too.) If no image has such a
+    name, the dots are part of the names (IMG_2020.01.02.jpg), and each image file is an image of its own.
 
     Args:
         stream: a file, pipe or connection with the archive, uncompressed or compressed by gzip, bzip2 or xz; it is

@@ -159,7 +159,7 @@ def missing_message(name: str, root: str, there: bool = False) -> str:
     fix = f"remove {place}, then set download=true" if there else f"set download=true ({known.megabytes:,} MB)"
     if not known.available:
         fix = f"put a copy there, as torchvision's {known.dataset} documents, because its publisher has withdrawn it"
-    return f"sets={name} {state}: {fix}, correct root, or remove {name} from sets"
+    return f"sets={name} {state}: {fix}, set another root, or remove {name} from sets"
 
 
 def _source(known: TransferSet, found: Any, folder: str) -> tuple[FolderSource, Labels]:

@@ -183,9 +183,9 @@ class _Decoder:
             packets = self._container.demux(self._video)
             found = next((each for each in packets if each.is_keyframe and each.pts == key), None)
         if found is None:
-            raise _refusal(self.path, "damaged", "its frames are not those that were found when it was opened")
+            raise _refusal(self.path, "damaged", "its frames are not those found when the data set was opened")
         for packet in itertools.chain([found], packets):
-            # Before the requested frame, skip frames to which no other frame refers, usually half of them.
+            # Before the requested frame, skip frames to which no other frame refers: usually half of all frames.
             unused = packet.pts is not None and packet.pts < self._wanted
             self._video.codec_context.skip_frame = "NONREF" if unused else "DEFAULT"
             yield from packet.decode()

@@ -68,7 +68,7 @@ def count_processes(workers: int | None) -> int:
     """Return the number of loader processes: `workers`, or for None this rank's share of the CPU cores, 1 to 16."""
     if workers is not None:
         return workers
-    known = hasattr(os, "sched_getaffinity")  # on Linux: a container or a job may use a part of the cores
+    known = hasattr(os, "sched_getaffinity")  # on Linux: a container or a job may be limited to a part of the cores
     cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
     return min(MOST_PROCESSES, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 

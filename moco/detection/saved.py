@@ -18,7 +18,7 @@ from moco.interop.network_file import load_network, save_network
 
 @dataclass(frozen=True, eq=False)
 class Detector:
-    """A detector in eval mode, the names of its classes 1, 2, ..., and the preparation of its images."""
+    """A detector in eval mode, the names of its classes (numbered from 1), and the preparation of its images."""
 
     network: nn.Module
     classes: tuple[str, ...]
@@ -26,7 +26,7 @@ class Detector:
 
     @torch.no_grad()
     def find(self, path: str | Path) -> Detections:
-        """Return the objects in an image file, those of the highest score first.
+        """Return the objects in an image file, by descending score.
 
         Raises:
             ImageError: if the file cannot be read.
@@ -55,7 +55,7 @@ def load_detector(path: str | Path) -> Detector:
     """
 
     def build(encoder: EncoderFile, about: dict[str, Any]) -> nn.Module:
-        ViewSettings(**about["views"])  # refuse other fields
+        ViewSettings(**about["views"])  # refuse unknown fields
         return build_detector(encoder, DetectorSettings(**about["form"]), len(about["classes"]), seed=0, untrained=True)
 
     network, about = load_network(path, "detector of moco.detect", ("classes", "views", "form"), build)

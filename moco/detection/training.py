@@ -96,7 +96,7 @@ def recompute_statistics(
     batches: int,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> None:
-    """Replace BN's running statistics by their means over the first batches of the training, with the present weights.
+    """Replace BN's running statistics by the mean batch statistics of the first batches, with the present weights.
 
     The running averages of the training lag behind its weights. Detectron2 calls this PRECISE_BN; see Rethinking
     "Batch" in BatchNorm (Wu and Johnson, 2021), section 3. Collective.

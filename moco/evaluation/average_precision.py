@@ -23,8 +23,8 @@ class AveragePrecision:
     eleven recalls, see `eleven_point`.
     """
 
-    per_class: list[float | None]  # None for a class that no evaluated image has, or no training image
-    random: float  # mAP in percent of a random order: the mean share of the images that have the class
+    per_class: list[float | None]  # None for a class that no evaluated image or no training image has
+    random: float  # mAP of a random order, in percent: the mean share of the images that have the class
     count: int  # M
 
     @property

@@ -166,7 +166,8 @@ def _log_plan(run: Finetuning) -> Plan:
     if plan.epochs > config.epochs:
         raised = f"epochs={config.epochs} is raised to {plan.epochs} to reach min_steps={config.min_steps}"
         log(f"{raised}; lower min_steps for fewer epochs")
-    log(f"{plan.total_steps:,} steps: {plan.epochs} epochs of {plan.steps_per_epoch} with {plan.batch_size} images")
+    sizes = f"steps per epoch: {plan.steps_per_epoch}, images per step: {plan.batch_size}"
+    log(f"{plan.total_steps:,} steps: {plan.epochs} epochs, {sizes}")
     return plan
 
 

@@ -197,9 +197,9 @@ def _problem(encoder: str, lr: float, losses: Sequence[float], metrics: Metrics 
         fix = "a lower official.lr, or "
     else:
         found, fix = f"{found}, although the training loss fell to {last:.3g}", ""
-    unsuitable = f"official.lr={lr:g} does not suit this encoder and " * bool(fix)
+    unsuitable = f"official.lr={lr:g} is unsuitable and " * bool(fix)
     advice = f"set {fix}protocol=sweep, which chooses the learning rate"
-    return f"{encoder}: {found}, so {unsuitable}the result says little about it; {advice}"
+    return f"{encoder}: {found}, so {unsuitable}the result says little about this encoder; {advice}"
 
 
 def _log_lowered(config: LinearConfig, batch_size: int, reason: str) -> None:
@@ -291,7 +291,7 @@ def changed_settings(config: LinearConfig) -> dict[str, Any]:
 
 
 def _file_name(task: Task[LinearConfig]) -> str:
-    """Return the files' name without extension, with the data's name in it if the encoder was trained on other data."""
+    """Return the files' name without extension; it contains the data's name if the images are not those of the run."""
     data, recorded = task.data, task.subject.file.config.get("data", {})
     name = "linear" if task.config.protocol == "sweep" else f"linear_{task.config.protocol}"
     if task.config.output or not recorded:

@@ -51,7 +51,7 @@ class Supervision:
         """Report progress to the watchdog. Raise `Preempted` after a signal.
 
         Call it only outside of training steps, when no state remains to be saved, and only in code whose exceptions are
-        raised on all ranks, such as that in `on_all_ranks`.
+        raised on all ranks, such as a function that `on_all_ranks` calls.
         """
         self.watchdog.heartbeat()
         if reason := self.preemption.signal_received():

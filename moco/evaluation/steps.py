@@ -90,7 +90,8 @@ def run_steps(
         batches: of this rank; the same number on every rank.
         step_of: performs an optimizer step; its arguments are the batch, the number of the step and its lr. Returns the
             loss and the norm of the gradient, (2,).
-        optimizer: for errors, which name its weight decay and, if above 1, the factor of the head's learning rate.
+        optimizer: for the device, and for errors, which name its weight decay and, if above 1, the factor of the head's
+            learning rate.
         schedule: the learning rates.
         seed: see `seed_step`.
         start: finished steps.

@@ -79,7 +79,7 @@ def open_subject(config: SubjectConfig) -> Subject:
         unused = f"; not used: {', '.join(file.unused)}" if file.unused else ""
         whose = "the values of timm for this network" if file.images else "the values of ImageNet"
         values = " ".join(f"images.{name}={_plain(value)}" for name, value in images.items())
-        log(f"{file.source} ({file.layout}: {file.backbone}){unused}; prepared as {values} ({whose})")
+        log(f"{file.source} ({file.layout}: {file.backbone}){unused}; prepared as {values} (defaults: {whose})")
     return Subject(file, output_of(config, file), transform)
 
 

@@ -33,7 +33,7 @@ class LabeledFeatures:
 
     features: Tensor  # (M, sum of D), on any device, or mapped from a file
     columns: Mapping[str, slice]  # the columns of each layer
-    labels: NDArray[np.int64] | NDArray[np.bool_]  # (M,); of images with several labels (M, L)
+    labels: NDArray[np.int64] | NDArray[np.bool_]  # (M,), or (M, L) if images can have several labels
     classes: int  # L
     device: torch.device  # of the computation
     groups: NDArray[np.int64] | None = None  # (M,); samples of one group are on one side of a split
@@ -240,7 +240,7 @@ def _mean_average_precisions(
 ) -> Tensor:
     """Compute each head's mAP in percent, (H,), on the second of the given (training, validation) rows."""
     labels = np.asarray(data.labels, np.bool_)
-    scores = torch.cat([heads.scores(scaling(x)).cpu() for x, _ in data.chunks(layer, rows[1])])  # (B, H, L)
+    scores = torch.cat([heads.scores(scaling(x)).cpu() for x, _ in data.chunks(layer, rows[1])])  # (rows, H, L)
     found = [
         average_precision(scores[:, head], labels[rows[1]], labels[rows[0]]).mean if finite else 0.0
         for head, finite in enumerate(_finite(heads).tolist())

@@ -244,7 +244,7 @@ def _report(config: TransferConfig, found: Sequence[SetResults], output: Path) -
 def _episode_fields(found: Sequence[SetResults]) -> dict[str, int] | None:
     """Return ways and queries for which every data set has enough test images; a value that is the default is left out.
 
-    None if there are no such values, or images have several labels.
+    None if a data set has too few test images for a single query, or images with several labels.
     """
     counts = [each.about.get("test_per_class", []) for each in found]
     if not all(counts):

@@ -157,7 +157,7 @@ def _open_named(name: str, config: TransferConfig, subject: Subject) -> Splits:
         download(name, config.root)
         parts = _parts(name, known, config.root)
     if any(known.draw):
-        with naming_field("sets", name):  # a class with too few images: the copy is incomplete
+        with naming_field("sets", name):  # an error if a class has too few images, as in an incomplete copy
             parts = _draw(parts[0], *known.draw)
     validation = parts[1] if len(parts) == 3 else None
     return Splits(parts[0], validation, parts[-1], known.measure)

@@ -166,8 +166,8 @@ def write_and_compare(
     wanted = features(backbone)
     if not wanted.any():
         raise ConversionError(
-            f"{file.source} has features 0 for every image, so a comparison would prove nothing: name other images, "
-            "data.root=FOLDER, or another checkpoint"
+            f"{file.source} has features 0 for every image, so a comparison would prove nothing: name other images "
+            "with data.root=FOLDER, or another checkpoint"
         )
     difference, largest = (features(again.network) - wanted).abs().max().item(), wanted.abs().max().item()
     if not difference <= chosen.tolerance * largest:  # also true for NaN

@@ -53,7 +53,7 @@ def load_onnx(path: Path) -> Features:
 
 
 def save_exported(path: Path, backbone: nn.Module, images: Mapping[str, Any]) -> None:
-    """Write a `.pt2` file with torch.export, which holds `images` in images.json; arguments as in `save_onnx`."""
+    """Write a `.pt2` file with torch.export and store `images` in it as images.json; arguments as in `save_onnx`."""
     program = torch.export.export(
         backbone, (_example(images),), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
     )

@@ -293,7 +293,7 @@ FORMATS: dict[str, Format] = {
         lambda file: file.backbone,
         _write_safetensors,
         _read_ours,
-        "checkpoint=FILE in every command here",
+        "checkpoint=FILE in the commands that use an encoder, such as moco.knn",
     ),
     "onnx": Format(
         "every network",

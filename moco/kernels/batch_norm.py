@@ -2,7 +2,7 @@
 
 A batch (N, C, H, W) in torch's channels_last format is a matrix of N H W rows and C columns, of which each group holds
 L consecutive rows. The first kernel of each pass sums parts of each group's rows, the second one combines the parts and
-computes the result. Sums are in float32, and squares are those of differences from the mean.
+computes the result. Sums are in float32. The variance is computed from squared differences from the mean.
 
 Legend: G groups, L rows per group, C channels, P parts of a group.
 """
@@ -67,7 +67,7 @@ def _moments(x, parts, L, C, part, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _combined(parts, group, L, part, channels, is_channel, G, P, C, PARTS: tl.constexpr):
-    """Return mean and variance of a group from those of its parts, (COLUMNS,) each."""
+    """Return mean and variance of a group from the `_moments` of its parts, (COLUMNS,) each."""
     number = tl.arange(0, PARTS)
     inside = (number < P)[:, None] & is_channel
     at = parts + (group * P + number)[:, None] * C + channels
@@ -115,7 +115,7 @@ def _normalize(
 
 @triton.jit
 def _gradient_sums(x, grad, saved, parts, L, C, part, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Write sums over each part of the gradient, and of the gradient times the normalized value: (2, G, P, C)."""
+    """Write each part's sums of the gradient, and of the gradient times the normalized value: (2, G, P, C)."""
     group, number, channels, is_channel = _place(C, COLUMNS)
     G = tl.num_programs(0)
     mean = tl.load(saved + group * C + channels, is_channel, 0.0)

@@ -40,7 +40,7 @@ class Fused(NamedTuple):
     measures: Tensor  # (6, N), in the order of `moco.losses.streamed.MEASURES`
     by_query: Tensor  # the gradient with respect to the query is this times `apart`
     by_temperature: Tensor  # the derivative with respect to the temperature
-    apart: Tensor  # (N, C), mean key of the negatives - own key
+    apart: Tensor  # (N, C), softmax-weighted mean key of the negatives - own key
 
 
 @triton.jit

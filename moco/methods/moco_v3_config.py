@@ -12,7 +12,7 @@ from moco.config.train import TrainConfig
 class MoCoV3Config(MethodConfig):
     """MoCo v3: a momentum encoder and a predictor, no queue.
 
-    Each of the two views is the query once and the key once. The loss is the sum of these two losses.
+    Each of the two views is the query once and the key once. This gives two losses, and the method adds them.
     """
 
     name: str = "moco_v3"

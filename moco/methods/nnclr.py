@@ -84,7 +84,7 @@ class NNCLR(nn.Module):
         own = rank() * (total // world_size()) + start + torch.arange(len(index), device=index.device)  # (N,), rows
         losses, positives, correct = [], [], []
         for view, other in self.directions:
-            predictions = batch[view][:, 1].index_copy(0, own, p[view])  # (M, C), with the gradient of its own rows
+            predictions = batch[view][:, 1].index_copy(0, own, p[view])  # (M, C); only the rows `own` have a gradient
             loss, logits = self._contrast(batch[other][:, 0], predictions)  # (), (M, M)
             losses.append(loss)
             positive = logits.diagonal()[:, None]  # (M, 1)

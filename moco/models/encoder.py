@@ -24,8 +24,8 @@ def projection_head(
         layers: number of linear layers, at least 1, else ValueError.
         norm: add BN after each linear layer but the last; linear layers then have no bias (v3's projector and
             predictor).
-        last_norm: with `norm`, also add BN, without weight and bias, after the last layer (not in the predictor of v3's
-            ResNet).
+        last_norm: with `norm`, also add BN, without weight and bias, after the last layer (false for the predictor of
+            v3's ResNet).
     """
     if layers < 1:
         raise ValueError(f"model.head_layers={layers} must be at least 1")

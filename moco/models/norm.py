@@ -27,8 +27,8 @@ BatchNormKind = Literal["grouped", "sync", "batch"]
 FUSED_DEVICES: tuple[str, ...] = ("cuda",)
 
 # On such a device, groups of at most this many values are normalized in one call, which copies the batch before and
-# after. For larger groups, the copies take longer than the kernel launches that they save. This is an estimate, not
-# measured, see docs/gpu.md.
+# after. For larger groups, the copies take longer than the kernel launches that the single call saves. This is an
+# estimate, not measured, see docs/gpu.md.
 LARGEST_TOGETHER = 2**22
 
 

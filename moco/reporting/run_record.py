@@ -162,7 +162,7 @@ def findings(run: Run) -> list[Alarm]:
 
 
 def by_epoch(runs: Sequence[Run]) -> tuple[dict[str, Metrics], str]:
-    """Return the metrics by run, and the unit of their x axis: "epoch" if all recorded steps per epoch, else "step"."""
+    """Return the metrics by run, and the unit of their x axis: "epoch" if every run recorded epochs, else "step"."""
     epochs = all(not math.isnan(run.steps_per_epoch) for run in runs)
     moved = {}
     for run, name in zip(runs, names(runs), strict=True):

@@ -87,7 +87,7 @@ def query_features(config: SearchConfig, index: Embedding, device: torch.device)
 
 
 def _rows_of_queries(images: ImageSet, queries: list[str]) -> NDArray[np.int64]:
-    """Return the row in the index of each query, a file or the name of an image in the index; -1 if there is none."""
+    """Return for each query its row in the index, or -1. A query is a file, or the name of an image in the index."""
     positions = {str(resolved(file)): i for i, file in enumerate(queries)}
     by_name = {name: i for i, name in enumerate(queries) if not Path(name).is_file()}
     form_of = other_forms(by_name, (images.name(row) for row in range(len(images))))

@@ -170,7 +170,7 @@ def find_duplicates(config: SearchConfig, index: Embedding, device: torch.device
             yield Section(f"{len(group)} images{more}", tiles)
 
     extra = sum(len(group) - 1 for group in groups)
-    advice = ", not counting those to keep: look at them before you remove any"
+    advice = ", not counting those to keep: look at each group before you remove any"
     summary = [
         ("groups", f"{len(groups):,}"),
         ("duplicates", f"{extra:,} images" + (advice if extra else "")),

@@ -2,8 +2,8 @@
 
 The columns are row (in the features), id (in the source) and path. Labeled images also have label (an index) and class
 (its name). If images can have several labels each, the columns labels and classes replace label and class. In Parquet,
-labels and classes hold lists. In CSV they hold strings whose parts are separated by data.label_separator, or by ; if
-that is empty.
+labels and classes hold lists. In CSV they hold strings whose parts are separated by data.label_separator, or by a
+semicolon if that field is empty.
 """
 
 import os

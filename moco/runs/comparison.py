@@ -290,7 +290,7 @@ def label(entry: Mapping[str, Any]) -> str:
 
 def data_name(data: Mapping[str, Any]) -> str:
     """Return the name of an entry's data set. The root is left out where it is only the folder of the download."""
-    has_root = data.get("name") in (None, *FOLDERS, "huggingface")  # None: of moco.segment and moco.detect
+    has_root = data.get("name") in (None, *FOLDERS, "huggingface")  # None: data of moco.segment and moco.detect
     names = ("name", "root", "file", "subset") if has_root else ("name",)
     more = data.get("more_roots") or []
     return " ".join([*(str(data[name]) for name in names if data.get(name)), *map(str, more)])

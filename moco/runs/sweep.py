@@ -1,4 +1,4 @@
-"""Train runs one after the other, each in its own process; without importing torch, so scripts/sweep.py starts fast."""
+"""Train runs one after the other, each in its own process. Torch is not imported, so scripts/sweep.py starts fast."""
 
 import signal
 import subprocess

@@ -117,7 +117,7 @@ class MLflow:
     def __init__(self, path: Path, config: Mapping[str, Any], step: int) -> None:
         self._client = _mlflow_client()
         known = _read_id(path, "mlflow") if step else None
-        # `_first` is the last step that an earlier attempt recorded. Steps before `_first` are not recorded again.
+        # `_first`, the first step to record, is the last step that an earlier attempt recorded; 0 if there is none.
         self._id, self._first = self._continue(known or os.environ.get("MLFLOW_RUN_ID"))
         if self._id is None:
             self._id = self._create(path, config)

@@ -28,8 +28,8 @@ class Terminal(Console):
 
     def __init__(self) -> None:
         # A notebook does not move the cursor: each state of a progress bar would stay in the cell.
-        plain = False if "JPY_PARENT_PID" in os.environ else None  # set in a kernel and in commands that it starts
-        super().__init__(highlight=False, quiet=not is_rank_zero(), force_terminal=plain, force_jupyter=plain)
+        force = False if "JPY_PARENT_PID" in os.environ else None  # set in a kernel and in commands that it starts
+        super().__init__(highlight=False, quiet=not is_rank_zero(), force_terminal=force, force_jupyter=force)
         if self.width < 1:  # COLUMNS=0
             self.width = 80
 

@@ -21,7 +21,7 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 def pick_precision(
     configured: str, encoder: nn.Module, size: int, device: torch.device, channels: int = 3
 ) -> tuple[str, str]:
-    """Return the precision to train in on images (`channels`, `size`, `size`), and the reason in a few words.
+    """Return the precision for training on images (`channels`, `size`, `size`), and the reason in a few words.
 
     For "auto", a GPU uses bfloat16 if the GPU has units for bfloat16. A CPU uses bfloat16 if the CPU has instructions
     for bfloat16 (AMX, or AVX-512 with BF16) and a copy of the encoder runs faster in bfloat16. Other CPUs emulate

@@ -1,8 +1,8 @@
 """Detect a hang, name the rank that causes it, and end the run so that its launcher can restart it.
 
 When one rank hangs, the others block in a collective and cannot tell which rank they are waiting for. Therefore a
-thread of each rank publishes the rank's state every few seconds, in torchrun's store: the numbers of the rank's
-finished steps and other parts of work and, after a long time without progress, the line of code that the rank is at. A
+thread of each rank publishes the rank's state every few seconds, in torchrun's store: how many steps and how many other
+parts of work the rank has finished and, after a long time without progress, the line of code that the rank is at. A
 second thread measures the time without progress and ends the process. A training step only makes two assignments for
 these threads, and does not wait for the device.
 """
@@ -52,8 +52,8 @@ def code_location(thread: int) -> tuple[str, bool]:
     if frame is None or not ours:
         return "", False
     file = Path(ours[-1].filename).relative_to(_PACKAGE.parent).as_posix()
-    # The rank waits for the others only if its innermost line is in a collective. A function of `moco.distributed` that
-    # calls other code, as `in_lockstep` does to read a batch, makes the others wait for this rank.
+    # In `moco.distributed`, only the innermost line counts: while a function of that module calls other code, as
+    # `in_lockstep` does to read a batch, the others wait for this rank.
     waiting = file == "moco/distributed.py" or any(each.name == "train_step" for each in ours)
     return f"{file}:{ours[-1].lineno} ({ours[-1].name})", waiting
 

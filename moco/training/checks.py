@@ -3,7 +3,6 @@
 import copy
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -136,7 +135,7 @@ def warn_of_other_normalization(config: TrainConfig, trained: str, images: Mappi
     other = [f"augment.{name}={value}" for name, value in named if value != list(getattr(config.augment, name))]
     if other:
         fixes = " ".join(other).replace(", ", ",")
-        _warn(f"{trained} was trained on images with another mean or standard deviation: set {fixes}")
+        _warn(f"the weights of {trained} were trained on images with another mean or standard deviation: set {fixes}")
 
 
 def _check_brightness(config: TrainConfig) -> None:
@@ -153,8 +152,8 @@ def _check_queue(config: TrainConfig, plan: Plan) -> None:
     method = config.method
     if method.queue_size >= plan.length * method.keys_per_image:
         per_step = config.batch_size * method.keys_per_image
-        has_mask = any(each.name == "mask_own_keys" for each in fields(method))
-        masked = f" (method.mask_own_keys={str(method.mask_own_keys).lower()})" if has_mask else ""
+        roles = {True: "excluded from its negatives (method.mask_own_keys=true)", False: "a negative"}
+        masked = f", {roles[method.mask_own_keys]}" if hasattr(method, "mask_own_keys") else ""
         _warn(
             f"method.queue_size={method.queue_size} holds each of the {plan.length} images at least once: the queue "
             f"contains very old keys and each query's own image{masked}; "

@@ -146,7 +146,7 @@ class Monitor:
 
 
 def _across_groups(samples: int, group: int) -> NDArray[np.int64] | None:
-    """Return an order in which a group's samples come from as many groups as possible; None without several groups."""
+    """Return an order whose groups each mix as many of the old groups as possible; None without several groups."""
     if group == 0 or samples <= group:
         return None
     return np.arange(samples).reshape(-1, group).T.ravel()

@@ -127,8 +127,8 @@ def _from_file(config: TrainConfig) -> tuple[nn.Module, Normalization]:
     images = IMAGENET | file.images  # not every file records its mean and std
     require(
         len(images["mean"]) == file.channels,
-        f"method.teacher={path} states no mean and std of its {file.channels} channels: write a file that does, with "
-        f"python -m moco.convert {override('checkpoint', path)} to=safetensors 'images.mean=[...]' "
+        f"method.teacher={path} records no mean and std of its {file.channels} channels: write a file that has them, "
+        f"with python -m moco.convert {override('checkpoint', path)} to=safetensors 'images.mean=[...]' "
         "'images.std=[...]'",
     )
     return encoder if projection else encoder.get_submodule("backbone"), (images["mean"], images["std"])

@@ -147,7 +147,7 @@ def test_a_momentum_that_cannot_leave_its_initial_weights() -> None:
     few_steps = momentum_too_high({}, short._replace(total_steps=84, epochs=12))  # 0.99 alone is not enough
     assert few_steps is not None
     assert (
-        few_steps.remedy == "a longer run with a lower momentum, epochs=99 method.momentum=0.99, or a run of epochs=987"
+        few_steps.remedy == "a longer run with another momentum, epochs=99 method.momentum=0.99, or a run of epochs=987"
     )
     assert momentum_too_high({}, short._replace(total_steps=7000)) is None
     assert momentum_too_high({}, short._replace(momentum=None)) is None

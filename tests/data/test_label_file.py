@@ -72,7 +72,7 @@ def test_a_separator_gives_each_image_any_number_of_labels(root: Path) -> None:
     assert resident.multi_labels is not None
     assert resident.subset(np.array([0])).multi_labels.tolist() == [[True, True, False]]  # type: ignore[union-attr]
     assert opening_lines(sources) == [
-        "not used: split val (1 file); data.eval_split names the held-out split",
+        "not used: split val (1 file); data.eval_split selects the held-out split",
         "3 classes: cat (1), dog (1), owl (0); 1.00 labels per image, 1 image has none",
         "no held-out image of: dog",
     ]
@@ -151,7 +151,7 @@ def test_an_ignored_column_with_a_similar_name_is_named(root: Path, header: str,
 
 def test_the_images_of_a_split_that_is_not_used_are_counted(root: Path) -> None:
     lines = opening_lines(load_source(config(root, GOOD)))
-    assert lines[0] == "not used: split val (1 file); data.eval_split names the held-out split"
+    assert lines[0] == "not used: split val (1 file); data.eval_split selects the held-out split"
     assert not any("not used" in line for line in opening_lines(load_source(config(root, GOOD.replace("val", "test")))))
 
 

@@ -87,7 +87,7 @@ def test_it_writes_results_and_a_network_that_the_other_commands_read(
     for text in (
         "10 % of labels: 129 of 1,297 images of 10 classes",
         "epochs=1 is raised to 30 to reach min_steps=30; lower min_steps for fewer epochs",
-        "30 steps: 30 epochs of 1 with 128 images",
+        "30 steps: 30 epochs, steps per epoch: 1, images per step: 128",
         "untrained, seed 1:",
         "pretrained minus untrained, on the same images for each seed:",
         "next: python -m moco.knn ",

@@ -46,7 +46,7 @@ def test_the_layout_and_the_unused_parts_of_a_foreign_file_are_printed(
     open_subject(config)
     assert capsys.readouterr().out.endswith(
         "dino.pth (DINO (teacher): convnet); not used: student; prepared as images.size=224 images.resize=256 "
-        "images.mean=[0.485,0.456,0.406] images.std=[0.229,0.224,0.225] (the values of ImageNet)\n"
+        "images.mean=[0.485,0.456,0.406] images.std=[0.229,0.224,0.225] (defaults: the values of ImageNet)\n"
     )
 
 
@@ -60,7 +60,7 @@ def test_images_for_a_file_of_timm_are_prepared_as_in_its_training(
     transform = open_subject(config).transform
     assert (transform.size, transform.resize) == (160, 168)  # 160 / 0.95
     assert transform.mean == transform.std == (0.5, 0.5, 0.5)
-    assert capsys.readouterr().out.endswith("images.std=[0.5,0.5,0.5] (the values of timm for this network)\n")
+    assert capsys.readouterr().out.endswith("std=[0.5,0.5,0.5] (defaults: the values of timm for this network)\n")
     config.images.mean = [0.1, 0.2, 0.3]
     assert open_subject(config).transform.mean == (0.1, 0.2, 0.3)
 

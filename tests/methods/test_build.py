@@ -57,6 +57,10 @@ def config(name: str = "moco", **values: Any) -> TrainConfig:
         ({"temperature_schedule": "linear"}, r"must be one of constant, cosine, learned"),
         ({"temperature_low": 0.5, "temperature_high": 0.3}, "in ascending order"),
         ({"temperature_schedule": "learned", "temperature": 2.0}, r"method.temperature=2.0 must lie between"),
+        (
+            {"temperature_schedule": "learned", "temperature_period": 2.0, "temperature": 0.2},
+            r"method.temperature_period=2.0 has no effect with method.temperature_schedule=learned: set cosine",
+        ),
         ({"temperature_period": 0.0}, r"method.temperature_period=0.0 must be above 0"),
         ({"augment__views": 3}, r"augment.views=3 must be 2 for moco"),
         (SIMCLR | {"margin": 0.1}, r"method.margin=0.1 does not fit method.candidates=all"),

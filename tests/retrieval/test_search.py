@@ -80,7 +80,7 @@ def test_planted_duplicates_are_found(
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)" in page
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "duplicates 4 images, not counting those to keep: look at them before you remove any" in text
+    assert "duplicates 4 images, not counting those to keep: look at each group before you remove any" in text
     assert "depends on the encoder" in text
     assert "Raise threshold=" in text
     assert "lower threshold=" in text

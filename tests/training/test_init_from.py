@@ -170,7 +170,7 @@ def test_weights_of_timm_warn_if_the_run_normalizes_images_in_another_way(tmp_pa
     network = build_backbone("timm/test_vit", {"img_size": 32})
     config = configured(saved(tmp_path / "vit.pth", network.state_dict()), options={"img_size": 32})
     config.model.backbone, config.augment.size = "timm/test_vit", 32
-    with pytest.warns(RunWarning, match=r"vit\.pth was trained .* set augment\.mean=\[0\.5,0\.5,0\.5\]"):
+    with pytest.warns(RunWarning, match=r"vit\.pth were trained .* set augment\.mean=\[0\.5,0\.5,0\.5\]"):
         load_initial_weights(config, method(config))
 
 

@@ -58,7 +58,7 @@ def _momentum_remedy(facts: Facts) -> str:
     left = better**facts.total_steps
     if left <= MAX_KEPT_BY_REMEDY:
         return f"method.momentum={better:g}"
-    return f"a longer run with a lower momentum, {_length_for(better, facts)} method.momentum={better:g}"
+    return f"a longer run with another momentum, {_length_for(better, facts)} method.momentum={better:g}"
 
 
 def _length_for(momentum: float, facts: Facts) -> str:

@@ -125,7 +125,8 @@ def choose(config: ChooseConfig) -> list[Point]:
         The checkpoints, run by run, the oldest first.
 
     Raises:
-        ConfigError: if a pattern matches no run, a run has no checkpoint, or the runs have different data.
+        ConfigError: if a pattern matches no run, a run has no checkpoint, a single run has fewer than three, the runs
+            have different data, or the data set has fewer than two images.
         FileNotFoundError, ValueError: see `moco.evaluation.subject.open_data`.
     """
     files = {run: _checkpoints(run) for run in _runs(config.runs)}

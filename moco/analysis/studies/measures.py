@@ -60,7 +60,7 @@ class Run:
     path: str
     step: int
     seconds: float  # of training
-    pictures: int  # N; the name is that in the results file
+    pictures: int  # N; the results file uses this name
     knn: Accuracy | None  # percent; None without labeled held-out images
     projection: Space
     backbone: Space
@@ -82,7 +82,8 @@ def measure(
     """Measure the newest checkpoint of a run with this temperature and seed on these sources.
 
     Raises:
-        ConfigError: if the run has no checkpoint, or there are fewer than two images.
+        ConfigError: if the run has no checkpoint, if there are fewer than two images, or if a class has fewer than
+            `labels_per_class` reference images.
         CheckpointError, ForeignFileError: if the checkpoint cannot be read.
     """
     found = checkpoint.list_checkpoints(path / "checkpoints")

@@ -222,7 +222,7 @@ def _given_roots(config: TemperatureConfig) -> list[str | None]:
 class Column(NamedTuple):
     """A measure in the summary."""
 
-    title: str  # of its column in the printed table; "" if `_show` does not print it with the others
+    title: str  # of its column in the printed table; "" for no column (`_show` adds the one for the seconds)
     digits: int
     of: Callable[[Run], float | None]
 
