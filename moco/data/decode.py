@@ -276,7 +276,7 @@ def _decode_jpeg(path: str | Path, data: bytes) -> Tensor | None:
 def highest_value(data: bytes) -> int:
     """Return the highest value of an image of 16 bits per channel; 0 for another image, or one that is unreadable.
 
-    Of a TIFF in color only the upper bytes are read: the result is at most 255 too high.
+    Of a TIFF in color only the upper bytes are read, so the result can exceed the true value by up to 255.
     """
     with contextlib.suppress(Exception), open_image(data) as image:
         if image.width * image.height > MAX_PIXELS or stated_bits(image) < 16:

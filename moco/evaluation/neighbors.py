@@ -158,7 +158,7 @@ def duplicate_groups(
     steps = np.zeros(len(order), np.int64)  # similarity to that kept row, in rounding steps
 
     def free(start: int) -> Rows:
-        """Return the positions in the block from `start` on whose rows are in no group yet."""
+        """Return the positions, in the block that begins at `start`, of rows that are in no group yet."""
         return start + np.flatnonzero(kept_by[start : start + block] < 0)
 
     for start in range(0, len(order), block):

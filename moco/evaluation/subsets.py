@@ -74,7 +74,7 @@ def split_each_class(
     rest. So the part can lack a class, for example a class whose images are all in one group.
 
     Args:
-        labels: (N,); of images with several labels (N, L), which are split as if they were one class.
+        labels: (N,), or (N, L) if images have several labels; such images are split as if they were one class.
         part: a fraction.
         seed, stream: key of the random order, see `moco.data.keyed`.
         groups: (N,); rows with the same number stay on one side, whatever their class. None: each row is a group.

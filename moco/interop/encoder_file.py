@@ -20,7 +20,7 @@ from moco.data.pixel_format import RGB
 from moco.files import cause
 from moco.interop.foreign import LAYOUTS, OFFICIAL, PLAIN, Layout, Part, State, flat, has_small_stem, parts, under
 from moco.interop.weights import load_weights, save_weights
-from moco.models.backbones import build_backbone, published_images, with_channels
+from moco.models.backbones import build_backbone, published_preprocessing, with_channels
 from moco.models.encoder import Encoder, projection_head
 from moco.models.first_layer import first_convolution
 from moco.plugins import naming_plugins
@@ -317,7 +317,7 @@ def _foreign(
     epoch = state.get("epoch")
     file = replace(file, channels=_channels(file), epoch=epoch if type(epoch) is int and epoch > 0 else 0)
     if not official:
-        images = published_images(name) if layout.of_timm else {}
+        images = published_preprocessing(name) if layout.of_timm else {}
         return replace(file, unused=_parts_of([*others, *head], layout), images=images)
     head = {key.split(".", 1)[1]: value for key, value in head.items()}
     if set(head) == {"weight", "bias"}:  # v1 has one linear layer, without a number

@@ -81,7 +81,7 @@ BACKBONES: Registry[Callable[..., nn.Module]] = Registry(
 )
 
 
-def published_images(name: str) -> dict[str, Any]:
+def published_preprocessing(name: str) -> dict[str, Any]:
     """Return the size, resize, mean and std with which timm evaluates `timm/NAME`; {} for other networks."""
     if not name.startswith("timm/"):
         return {}

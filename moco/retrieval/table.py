@@ -54,7 +54,7 @@ def write_table(folder: Path, source: Source, ids: Sequence[int], table: str, se
 
 
 def _lines(source: Source, ids: Sequence[int]) -> Iterator[list[Any]]:
-    """Yield the values of each line; of images that can have several labels, the last two are lists."""
+    """Yield the values of each line; if images can have several labels, the last two values are lists."""
     for row, i in enumerate(ids):
         line: list[Any] = [row, i, source.name(i)]
         classes = classes_of(source, i)

@@ -15,7 +15,7 @@ from moco.data.base import Sources
 from moco.data.opening import build_views
 from moco.data.plan import Plan
 from moco.distributed import world_size
-from moco.models.backbones import published_images
+from moco.models.backbones import published_preprocessing
 from moco.models.norm import GroupedBatchNorm
 
 GRADIENT_ERROR = 0.2  # largest relative error; float32 and float64 differ by 0.02, measured for a ResNet-50 at 224 px
@@ -53,7 +53,9 @@ def check_against_data(config: TrainConfig, plan: Plan, sources: Sources | None 
     for sentence in config.method.advice(config):
         _warn(sentence)
     if config.model.options.get("pretrained"):
-        warn_of_other_normalization(config, "model.options.pretrained=true", published_images(config.model.backbone))
+        warn_of_other_normalization(
+            config, "model.options.pretrained=true", published_preprocessing(config.model.backbone)
+        )
     augment = config.augment
     if advice := crop_advice("augment.size", augment.size, "augment.eval_resize", augment.eval_resize):
         _warn(advice)

@@ -30,7 +30,7 @@ Identity = dict[str, Any]
 
 
 def identity(source: Source) -> Identity:
-    """Return {"length": N, "sha256": the digest of the names, and of the shape of images in memory} of a source."""
+    """Return {"length": N, "sha256": its `names_digest`} of a source."""
     return {"length": len(source), "sha256": names_digest(source, with_size=True)}
 
 

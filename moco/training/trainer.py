@@ -98,7 +98,7 @@ class Trainer:
         self.plan = Plan(len(train), config.batch_size, config.epochs, config.seed, *ranks, train.draws)
         check_against_data(config, self.plan, self.sources)
 
-        # The precision, the peak learning rate, and the method, restored from the newest checkpoint.
+        # The precision, the peak learning rate, and the method with the weights of the newest checkpoint.
         self.method = build.make_method(config, self.sources.train.labels, device)
         self.lock = build.open_directory(config)
         state = build.load_state(config)
@@ -338,10 +338,10 @@ class Trainer:
         reason_here = Reason.NOT_SAVED if self.saver.failed() else self.preemption.reason()
         late_here = is_rank_zero() and self.schedule.is_late()
         reason_anywhere, late = divmod(self.delayed_max(2 * reason_here + late_here), 2)  # one reduction for both
-        self.late = bool(late) and not saved  # with several ranks, `late` was measured before the save
+        self.late = bool(late) and not saved  # several ranks measured `late` before that save
         if reason := max(reason, reason_anywhere):
             if not saved:
-                self._save(done)  # raises the error of the previous save, on all ranks
+                self._save(done)  # if the previous save failed, this raises its error, on all ranks
             on_rank_zero(self.saver.join)
             raise Preempted(Reason(reason), done, self.plan.total_steps)
 
