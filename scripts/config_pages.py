@@ -218,7 +218,7 @@ def command_page(name: str, schema: type) -> Iterator[str]:
     if chosen:
         yield f"Default options: {', '.join(chosen)}.\n\n"
     if name == "train":
-        yield "A recipe replaces some of the defaults below. `experiment=NAME` sets the recipe; the default is `digits`. "
+        yield "A recipe replaces some of the defaults below. `experiment=NAME` sets the recipe, by default `digits`. "
         yield "`--cfg job` prints the values of a run.\n\n"
     yield from table(schema, values(path))
     if name in OPTIONS:

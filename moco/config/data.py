@@ -59,8 +59,8 @@ class SourceConfig:
     """For `folder`, `imagenet`, `video`, `shards`, `huggingface`: keep all images decoded in memory. All images must
     have the same size."""
     bits: int | None = bounded(None, ge=8, le=16)
-    """For images with 16 bits per channel and dtype=uint8: the number of significant bits (12: 0 ... 4095 becomes black
-    ... white). Null: the smallest of 8, 10, 12, 14 and 16 that holds the values of 32 evenly spaced training images;
+    """For images with 16 bits per channel and dtype=uint8: the number of significant bits (with 12, 0 becomes black and
+    4095 white). Null: the smallest of 8, 10, 12, 14 and 16 that holds the values of 32 evenly spaced training images;
     for `webdataset` 16."""
     channels: int = bounded(3, ge=1, le=4096)
     """Channels of each image. 3: red, green and blue; 1: gray (with dtype=uint8, color is converted); other numbers:
@@ -136,9 +136,9 @@ class SubjectDataConfig(SourceConfig):
     """The images that a command uses and, if it needs them, their labels. A null field has the run's value.
 
     If name or root is set to another value than the run's, the null fields have the defaults of `DataConfig` instead,
-    except name, channels, dtype, bits and preview. If bits or workers is still null then, null has the meaning that is
-    given with the field. A checkpoint outside of a run directory provides no paths: set root (except for digits) and,
-    where they are needed, label_file, eval_root and more_roots.
+    except name, channels, dtype, bits and preview. If the resulting value of bits or workers is null, null has the
+    meaning that the field's description gives. A checkpoint outside of a run directory provides no paths: set root
+    (except for digits) and, where they are needed, label_file, eval_root and more_roots.
     """
 
     hold_out: float = bounded(0.0, ge=0, lt=1)

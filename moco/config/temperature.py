@@ -51,7 +51,7 @@ class TemperatureConfig(ComputeConfig):
         [0.8, 0.5, 0.1], min_length=2, max_length=6, example="similarities=[0.8,0.5,0.1]"
     )
     """For mode=explain: cosine similarities of the query to each candidate, or any logits, such as [1,2,3]. In the
-    columns "right", the first candidate is the positive; in the columns "wrong", the second candidate is the positive.
+    columns titled "right", the first candidate is the positive; in those titled "wrong", the second one.
     All other candidates are negatives."""
 
 

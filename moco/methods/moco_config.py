@@ -23,8 +23,8 @@ class MoCoConfig(MethodConfig):
     """The queue at the start: random (random keys count as negatives, as in the official code) or empty (no
     negatives)."""
     mask_own_keys: bool = True
-    """Exclude the keys in the queue that were computed from the query's own image, in earlier steps, from the negatives
-    of that query."""
+    """Exclude the keys of the query's own image, which the queue can hold from an earlier epoch, from the query's
+    negatives."""
     momentum: float = bounded(0.999, ge=0, le=1)
     """Momentum m of the momentum encoder. Each step sets each of its weights to m x (its old value) + (1 - m) x (the
     encoder's weight)."""

@@ -20,9 +20,9 @@ class SimCLRConfig(MethodConfig):
     """Train on the classes of the training images: all embeddings of a class are positives (SupCon, Khosla et al.,
     2020, Eq. 2)."""
     candidates: str = bounded("all", choices=("all", "other_view"))
-    """all: compare each view with all views of the batch; other_view: compare the embeddings of one view with those
-    of one other view, and average the loss over all such pairs of views; each embedding then has one positive (Chen et
-    al., 2021, Algorithm 1, ctr)."""
+    """The embeddings with which an embedding of view i is compared. all: those of all views of all images of the
+    batch. other_view: those of one other view j of all images, so it has one positive; the loss is averaged over all
+    pairs (i, j) (Chen et al., 2021, Algorithm 1, ctr)."""
     contrast_mode: str = bounded("all", choices=("all", "one"))
     """The views that serve as anchors: all (every view), or one (only the first view), as in the official code of
     Khosla et al., 2020."""

@@ -44,7 +44,7 @@ def _normalize(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the normalized batch, and for `_gradients` the groups' means and 1 / standard deviations, (2, G, C)."""
+    """Return the normalized batch, and the means and 1 / standard deviations of the groups, (2, G, C)."""
     from moco.kernels.batch_norm import batch_norm
 
     x = x.contiguous(memory_format=memory_format(x))

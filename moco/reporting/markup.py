@@ -59,7 +59,7 @@ def _base64(data: bytes) -> str:
 _ENVIRONMENT = Environment(
     loader=PackageLoader("moco.reporting"),
     autoescape=True,
-    # A file name can contain markup and control characters. Markup is a subclass of str and stays unchanged.
+    # A file name can contain HTML and control characters. A `Markup`, a subclass of str, is HTML of ours: unchanged.
     finalize=lambda value: plain(value) if type(value) is str else value,
     undefined=StrictUndefined,
     trim_blocks=True,

@@ -273,7 +273,7 @@ def duration(seconds: float) -> str:
 
 
 def percent(value: float | None, half_width: float | None = None, interval: Sequence[float] | None = None) -> str:
-    """Format a percentage: 86.3 ± 0.4 if half the width of its interval is given, else 86.3 (85.9–86.7); None: a dash."""
+    """Format a percentage: 86.3 ± 0.4 if `half_width` is given, else 86.3 (85.9–86.7); None: a dash."""
     if value is None:
         return "–"
     if half_width is not None:

@@ -56,7 +56,10 @@ def wrapped(text: str, width: int, first: str = "", others: str = "") -> str:
 
 
 def holds_command(line: str) -> bool:
-    """Return whether a line holds a command to copy, which is never broken. Suggested commands begin with "next: "."""
+    """Return whether a line holds a command for the user to copy; such a line is never broken.
+
+    Suggested commands begin with "next: ".
+    """
     return "python -m moco" in line or line.startswith("next: ")
 
 

@@ -118,7 +118,7 @@ class Monitor:
     def _shuffle_losses(
         self, queue: KeyQueue, output: Output, views: Sequence[Tensor], index: Tensor, temperature: float
     ) -> dict[str, Tensor]:
-        """Return the losses with shuffled and with unshuffled keys; BN normalizes the latter in their queries' groups.
+        """Return the losses with shuffled and unshuffled keys; unshuffled, a key is in the BN group of its query.
 
         The loss with unshuffled keys is lower if the statistics of a group reveal the positive (He et al., 2020, Sec.
         3.3). The step has encoded the keys of one of the two losses; those of the other cost a forward pass of the
