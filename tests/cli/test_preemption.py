@@ -334,7 +334,7 @@ def start(
     ("signals", "status", "sentence"),
     [
         ("3 SIGTERM", 75, "moco: stopped by SIGTERM after step 3 of 15, which is saved"),
-        ("3 SIGINT SIGINT", 130, "moco: interrupted"),
+        pytest.param("3 SIGINT SIGINT", 130, "moco: interrupted", marks=pytest.mark.slow),
     ],
 )
 def test_the_exit_status_and_message_of_the_command(signals: str, status: int, sentence: str, tmp_path: Path) -> None:

@@ -195,6 +195,7 @@ def attempts(folder: Path) -> list[tuple[Any, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_and_loses_no_step(canvases: Path) -> None:
     found = run_ranks(2, attempts, canvases)
     assert [[status for status, _ in each] for each in found] == [[0, 75, 0]] * 2, found

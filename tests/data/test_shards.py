@@ -233,7 +233,7 @@ def test_folders_without_shards(tmp_path: Path) -> None:
     (tmp_path / "parts").mkdir()
     with pytest.raises(FileNotFoundError, match=r"is not completely packed: run the same moco\.pack command again"):
         load_source(DataConfig("shards", str(tmp_path)))
-    with pytest.raises(ValueError, match=r"data\.eval_root='x' works with data\.name=folder or video only"):
+    with pytest.raises(ValueError, match=r"data\.eval_root=x works with data\.name=folder or video only"):
         load_source(DataConfig("shards", str(tmp_path), eval_root="x"))
 
 

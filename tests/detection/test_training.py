@@ -226,6 +226,7 @@ def _uneven() -> tuple[Tensor, Tensor]:
     return layer.running_var, sum_over_ranks(gradient)
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_evaluate_as_one(tmp_path: Path) -> None:
     """Images of different sizes, in batches whose padding and numbers of samples differ between the ranks."""
     write_canvases(tmp_path, 6, 1, side=40)

@@ -19,6 +19,8 @@ from tests.distributed.launch import run_ranks
 from tests.distributed.test_topology import largest_difference
 from tests.training.test_trainer_v3 import config as config_of_v3
 
+pytestmark = pytest.mark.slow
+
 
 def config(run: Path, shard: bool) -> TrainConfig:
     """Configure five steps of MoCo v3 with a ViT; a step of 256 images, a checkpoint every two steps."""
@@ -106,7 +108,6 @@ def test_its_encoder_can_be_loaded(folder: Path) -> None:
     assert all(torch.equal(value, weights[f"encoder.{name}"]) for name, value in backbone.items())
 
 
-@pytest.mark.slow
 def test_it_resumes_exactly_after_all_processes_were_killed(folder: Path) -> None:
     run = folder / "killed"
     with pytest.raises(ProcessExitedException, match="SIGKILL"):
@@ -116,7 +117,6 @@ def test_it_resumes_exactly_after_all_processes_were_killed(folder: Path) -> Non
     assert difference(final(folder / "full"), final(run)) == 0
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a run keeps its lock open
 @pytest.mark.parametrize("world", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_it_resumes_with_another_number_of_processes(folder: Path, world: int) -> None:

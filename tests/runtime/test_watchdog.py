@@ -147,6 +147,7 @@ with Watchdog(0.02) as watchdog:
 """
 
 
+@pytest.mark.slow
 def test_one_process_is_ended_only_without_steps_heartbeats_and_pauses() -> None:
     """The time for which it is stopped, as after Ctrl-Z and fg, does not count either."""
     command = [sys.executable, "-c", SINGLE]
