@@ -11,7 +11,12 @@ Schema = TypeVar("Schema")
 FOLDERS = ("folder", "video")  # data sets of files below data.root; labels come from folder names or data.label_file
 # For each field that only some of moco's data sets use, the names of these data sets.
 USERS = {
+    "frame_interval": ("video",),
     "labels": FOLDERS,
+    "eval_root": FOLDERS,
+    "more_roots": FOLDERS,
+    "weights": FOLDERS,
+    "label_file": FOLDERS,
     "subset": ("huggingface",),
     "image_column": ("huggingface",),
     "label_column": ("huggingface",),
@@ -202,21 +207,17 @@ def check_data_fields(data: DataConfig) -> None:
     )
     error = f"data.label_separator={data.label_separator!r} separates the labels in data.label_file: set both or none"
     require(bool(data.label_file) or not data.label_separator, error)
-    only = f"works with data.name=folder or video only, not with {data.name}: remove it"
-    require(not data.eval_root or data.name in FOLDERS, f"data.eval_root={data.eval_root!r} {only}")
-    _check_roots(data)
-    problem = f"data.frame_interval={data.frame_interval:g} works with data.name=video only, not with {data.name}"
-    require(data.frame_interval == DataConfig.frame_interval or data.name == "video", f"{problem}: remove it")
     if data.name == "digits":
         _check_digits(data)
     if data.name in OF_MOCO:  # a data set of a plug-in can use every field
-        for each in fields(DataConfig):
-            value, users = getattr(data, each.name), USERS.get(each.name, OF_MOCO)
-            problem = f"data.{each.name}={value} works with data.name={' or '.join(users)} only, not with {data.name}"
-            require(data.name in users or value == each.default, f"{problem}: remove it")
+        default = DataConfig()
+        for name, users in USERS.items():
+            value = getattr(data, name)
+            problem = f"data.{name}={value} works with data.name={' or '.join(users)} only, not with {data.name}"
+            require(data.name in users or value == getattr(default, name), f"{problem}: remove it")
+    _check_roots(data)
     if data.label_file:
         problem = f"data.label_file={data.label_file!r}"
-        require(data.name in FOLDERS, f"{problem} {only}")
         require(data.labels == "none", f"{problem} replaces data.labels={data.labels}: set only one of them")
         error = f"{problem} replaces data.eval_root={data.eval_root!r}: leave that empty, and add a column named split"
         require(not data.eval_root, error)
@@ -234,8 +235,6 @@ def _check_roots(data: DataConfig) -> None:
     """Raise ConfigError if data.more_roots or data.weights do not fit the other fields."""
     folders = 1 + len(data.more_roots)
     for name, values in (("more_roots", data.more_roots), ("weights", data.weights)):
-        error = f"data.{name}={values} works with data.name=folder or video only, not with {data.name}: remove it"
-        require(not values or data.name in FOLDERS, error)
         error = f"data.label_file={data.label_file!r} works with one folder: remove data.{name}={values}"
         require(not (data.label_file and values), error)
     fix = f"set {folders} numbers" if data.more_roots else "set data.more_roots"

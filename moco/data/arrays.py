@@ -56,6 +56,9 @@ class ArraySource:
     def path(self, i: int) -> None:
         return None
 
+    def file_of(self, i: int) -> None:
+        return None
+
     def content(self, i: int) -> None:
         return None
 

@@ -92,6 +92,10 @@ class Source(Protocol):
         """Return the path of image i's own file; None if it has none."""
         return None
 
+    def file_of(self, i: int) -> str | None:
+        """Return the path of the file that image i is read from; None for arrays, shards and streams."""
+        return self.path(i)
+
     def content(self, i: int) -> bytes | None:
         """Return the encoded bytes of image i; None if the source holds pixels only.
 

@@ -56,28 +56,29 @@ class Findings:
     digests: NDArray[np.void]  # (N,), 16 bytes each
     bytes: int = 0
     formats: Counter[str] = field(default_factory=Counter)
-    counts: Counter[str] = field(default_factory=Counter)  # of faults and oddities
     files: dict[str, list[dict[str, str]]] = field(default_factory=dict)
-    split: int = 0  # of the files that are added: 0 training, 1 held-out
-    of_split: Counter[tuple[int, str]] = field(default_factory=Counter)  # counts by split and kind
+    # The numbers of faults and oddities by split, 0 for training and 1 for held-out, and kind.
+    counts: Counter[tuple[int, str]] = field(default_factory=Counter)
     examples: dict[tuple[int, str], str] = field(default_factory=dict)  # the first file by split and kind: path, reason
     moments: Moments | None = None  # of the training images
 
-    def add(self, row: int, path: str, facts: ImageFacts) -> None:
+    def add(self, row: int, split: int, path: str, facts: ImageFacts) -> None:
         self.bytes += facts.length
         if facts.moments is not None:
             self.moments = facts.moments if self.moments is None else self.moments.joined(facts.moments)
         for kind in (facts.fault,) if facts.fault else facts.odd:
-            self.note(kind, path, facts.reason)
+            self.note(split, kind, path, facts.reason)
         if not facts.fault:
             self.sizes[row], self.digests[row] = facts.size, np.void(facts.digest)
             self.formats[facts.format] += 1
 
-    def note(self, kind: str, path: str, reason: str) -> None:
+    def count(self, kind: str) -> int:
+        return self.counts[0, kind] + self.counts[1, kind]
+
+    def note(self, split: int, kind: str, path: str, reason: str) -> None:
         """Count a file with a fault or oddity, `kind`; add it to `files`, at most `listed` files per kind."""
-        self.counts[kind] += 1
-        self.of_split[self.split, kind] += 1
-        self.examples.setdefault((self.split, kind), f"{path}: {reason}")
+        self.counts[split, kind] += 1
+        self.examples.setdefault((split, kind), f"{path}: {reason}")
         named = self.files.setdefault(kind, [])
         if len(named) < self.listed:
             named.append({"path": path} | ({"reason": reason} if reason else {}))
@@ -110,7 +111,7 @@ def _check_images(config: CheckDataConfig, output: Path) -> None:
     findings = Findings(config.listed, np.zeros((total, 2), np.int32), np.zeros(total, "V16"))
     row = 0
     with progress_bar("checking images") as progress:
-        for findings.split, folder in enumerate(folders):
+        for split, folder in enumerate(folders):
             start = row
             try:
                 checked = in_order(
@@ -120,7 +121,7 @@ def _check_images(config: CheckDataConfig, output: Path) -> None:
                     "data.workers",
                 )
                 for i, facts in enumerate(checked):
-                    findings.add(row, _path(folder, i), facts)
+                    findings.add(row, split, _path(folder, i), facts)
                     row += 1
                     progress(row, total)
             except LoaderError as error:
@@ -130,9 +131,10 @@ def _check_images(config: CheckDataConfig, output: Path) -> None:
                 raise LoaderError(f"{error}; the image is one of {names}") from error
             files = _files(folder)
             for path, reason in files.unlistable.items():
-                findings.note(_UNREADABLE_FOLDER, str(Path(files.root, path)), reason)
+                findings.note(split, _UNREADABLE_FOLDER, str(Path(files.root, path)), reason)
             for path, target in files.broken.items():
-                findings.note("broken link", str(Path(files.root, path)), f"a link to {target}, ignored")
+                path = str(Path(files.root, path))
+                findings.note(split, "broken link", path, f"a link to {target}, ignored")
     report = describe(config, folders, findings)
     show(report)  # before writing: the findings stay visible if writing fails
     _write(report, output, data.root, "the files of each kind")
@@ -225,7 +227,7 @@ def _path(folder: Checked, i: int) -> str:
 def find_obstacles(data: DataConfig, lengths: Sequence[int], findings: Findings) -> list[str]:
     """Return the reasons why a run with these data fields would fail."""
     obstacles = []
-    if count := findings.counts[_UNREADABLE_FOLDER]:
+    if count := findings.count(_UNREADABLE_FOLDER):
         many = f"{count:,} folder{'s' * (count > 1)}"
         obstacles.append(f"{many} cannot be read (give this user permission, or move them elsewhere)")
     splits: list[NDArray[np.int32]] = np.split(findings.sizes, np.cumsum(lengths)[:-1])
@@ -236,7 +238,7 @@ def find_obstacles(data: DataConfig, lengths: Sequence[int], findings: Findings)
         if unsupported := findings.examples.get((split, "unsupported")):  # an intact file: the reason names the fix
             fix = f"{unsupported}; otherwise {fix}"
         if unreadable and not len(readable):
-            example = findings.examples[max((findings.of_split[split, kind], (split, kind)) for kind in FAULTS)[1]]
+            example = findings.examples[max((findings.counts[split, kind], (split, kind)) for kind in FAULTS)[1]]
             obstacles.append(f"none of the {unreadable:,} {name} images can be read ({example})")
         elif unreadable and data.on_bad_image == "raise":
             more = f" data.max_bad={_share(unreadable, sizes):g}" if unreadable > data.max_bad * len(sizes) else ""
@@ -259,9 +261,9 @@ def describe(config: CheckDataConfig, folders: Sequence[Checked], findings: Find
 
     def described(kinds: dict[str, str]) -> dict[str, Any]:
         return {
-            kind: {"count": findings.counts[kind], "meaning": meaning, "files": findings.files[kind]}
+            kind: {"count": findings.count(kind), "meaning": meaning, "files": findings.files[kind]}
             for kind, meaning in kinds.items()
-            if findings.counts[kind]
+            if findings.count(kind)
         }
 
     splits = dict(zip(("training", "held_out"), folders, strict=False))

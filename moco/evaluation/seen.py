@@ -8,9 +8,7 @@ from typing import Any
 
 from moco.config import ConfigError, DataConfig, RunWarning
 from moco.config.data import FOLDERS
-from moco.data.folder import FolderSource
 from moco.data.sources import Source
-from moco.data.video import VideoSource
 from moco.distributed import is_rank_zero
 from moco.files import resolved
 from moco.interop.encoder_file import EncoderFile
@@ -43,10 +41,8 @@ def count_seen(paths: Sequence[str], file: EncoderFile) -> int:
 
 
 def paths_of(source: Source) -> list[str]:
-    """Return the file of each image or frame of a source; [] if the source does not read image or video files."""
-    if isinstance(source, VideoSource):
-        return [source.file_of(i) for i in range(len(source))]
-    return [source.path(i) for i in range(len(source))] if isinstance(source, FolderSource) else []
+    """Return the file of each image or frame of a source, without those that are not read from a file of their own."""
+    return [path for i in range(len(source)) if (path := source.file_of(i)) is not None]
 
 
 def held_out_seen(data: DataConfig, hold_out: float, file: EncoderFile, held_out: Source | None = None) -> bool:
