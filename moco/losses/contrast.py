@@ -79,10 +79,10 @@ def contrast(
 
     Returns:
         The loss and a dict of detached measures, all of shape () and means over the queries. "negatives" and
-        "positives": the numbers of negatives and positives in the queue; "chance": the loss if all logits, also
-        those of mixed negatives, are equal; "eliminated" or "attracted": the number of false negatives found;
-        "mixed_similarity": the cosine of a query and its mixed negatives. The measures of `logit_measures` are computed
-        without margin and mixed negatives, so that runs can be compared.
+        "positives": the numbers of negatives and positives in the queue; "chance": the loss if all similarities, also
+        those of mixed negatives, are 0, as they are on average for random vectors; "eliminated" or "attracted": the
+        number of false negatives found; "mixed_similarity": the cosine of a query and its mixed negatives. The measures
+        of `logit_measures` are computed without margin and mixed negatives, so that runs can be compared.
 
     Raises:
         ValueError: for invalid values and shapes, and for debiasing with any other switch or positives.
@@ -105,7 +105,7 @@ def contrast(
         measures["positives"] = _mean_count(positives)
         only_negatives = candidates & ~positives
     measures["negatives"] = _mean_count(only_negatives)
-    measures["chance"] = _chance(candidates, only_negatives, switches)
+    measures["chance"] = _chance(candidates, only_negatives, temperature, switches)
     mixed = None
     if switches.mixed:
         mixed = _mix(query, queue, switches, uniforms, only_negatives)  # (N, E, C)
@@ -185,11 +185,15 @@ def _mix(query: Tensor, queue: Tensor, switches: Switches, uniforms: Tensor | No
     return mix_hard_negatives(query, queue, switches.mix_hardest, pairs, with_query, negatives)
 
 
-def _chance(candidates: Tensor, negatives: Tensor, switches: Switches) -> Tensor:
-    """Return the loss of equal logits: a mean over queries, so it does not depend on how the batch is divided."""
+def _chance(candidates: Tensor, negatives: Tensor, temperature: Temperature, switches: Switches) -> Tensor:
+    """Return the loss of similarities 0: a mean over queries, so it does not depend on how the batch is divided."""
+    lowered = add_margin(torch.zeros((), device=negatives.device), switches.margin, switches.margin_kind)
+    # A negative counts as many times as a positive, whose logit the margin has lowered.
+    count = negatives.sum(dim=1).float()
+    weighted = (count + switches.mixed) * (-lowered / temperature).exp()
     if switches.decoupled:
-        return (negatives.sum(dim=1).float() + switches.mixed).clamp(min=1).log().mean()
-    return torch.log1p(candidates.sum(dim=1).float() + switches.mixed).mean()
+        return weighted.clamp(min=1).log().mean()
+    return torch.log1p(candidates.sum(dim=1).float() - count + weighted).mean()
 
 
 def _mean_count(mask: Tensor) -> Tensor:

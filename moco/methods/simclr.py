@@ -31,6 +31,7 @@ from moco.losses import (
     Margin,
     PositivesMean,
     Temperature,
+    add_margin,
     in_batch_info_nce,
     multi_positive_nt_xent,
     split_temperature,
@@ -157,12 +158,15 @@ class SimCLR(nn.Module):
         similarity = logits.masked_fill(~positive, 0.0).sum(dim=1) / count.clamp(min=1) * temperature
         nearest, hardest = (logits.masked_fill(~each, -math.inf).amax(dim=1) for each in (positive, negative))
         factor = 1.0 if self.base_temperature is None else temperature / self.base_temperature
-        in_denominator = negative if self.form.decoupled else candidate
+        # The loss if all similarities are 0. A negative counts as many times as a positive with its margin.
+        lowered = add_margin(torch.zeros((), device=logits.device), self.form.margin, self.form.margin_kind)
+        weighted = negative.sum(dim=1).float() * (-lowered / temperature).exp()
+        in_denominator = weighted if self.form.decoupled else count + weighted
         measures = {
             "contrast_accuracy": (nearest > hardest).float().mean(),
             "positive_similarity": similarity.mean(),
             "negatives": negative.sum(dim=1).float().mean(),
-            "chance": factor * in_denominator.sum(dim=1).float().clamp(min=1).log().mean(),
+            "chance": factor * in_denominator.clamp(min=1).log().mean(),
         }
         if self.labels is not None:
             measures["positives"] = count.float().mean()

@@ -92,6 +92,19 @@ def test_a_larger_margin_raises_the_loss(kind: Any) -> None:
     assert losses[-1] > losses[0] + 0.1
 
 
+@pytest.mark.parametrize(("margin", "kind"), [(0.0, "arc"), (0.4, "arc"), (0.4, "cosine")])
+@pytest.mark.parametrize("positives", [None, POSITIVES])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_chance_is_the_loss_of_orthogonal_embeddings(
+    margin: float, kind: Any, positives: Tensor | None, decoupled: bool
+) -> None:
+    eye = torch.eye(3)
+    query, key, queue = (eye[row].expand(count, 3) for row, count in enumerate((N, N, K)))
+    switches = Switches(margin=margin, margin_kind=kind, decoupled=decoupled)
+    loss, measures = contrast(query, key, queue, T, switches, NEGATIVES, positives)
+    assert measures["chance"].item() == pytest.approx(loss.item(), rel=1e-6)
+
+
 ALONE_AND_TOGETHER = [
     (Switches(), None),
     (Switches(margin=0.2), None),

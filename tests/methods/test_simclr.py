@@ -156,6 +156,16 @@ def test_measures_of_a_constructed_batch() -> None:
     assert values["negatives"] == pytest.approx((2 + 2 + 4) / 3)
 
 
+@pytest.mark.parametrize("kind", ["arc", "cosine"])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_chance_with_a_margin_is_the_loss_of_orthogonal_views(kind: Any, decoupled: bool) -> None:
+    eye = torch.eye(P).view(P, 3, 2, 2)
+    form = LossForm(margin=0.4, margin_kind=kind, decoupled=decoupled)
+    method = SimCLR(nn.Flatten(), T, candidates="other_view", form=form)
+    output: Output = method([eye[[0, 1, 2]], eye[[3, 4, 5]]], {}, torch.arange(3))
+    assert output.measures["chance"].item() == pytest.approx(output.loss.item(), rel=1e-6)
+
+
 def test_equal_views_of_orthogonal_samples_reach_the_floor() -> None:
     eye = torch.eye(P).view(P, 3, 2, 2)[:4]
     loss = SimCLR(nn.Flatten(), T)([eye, eye], {}, torch.arange(4)).loss.item()
