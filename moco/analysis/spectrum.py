@@ -71,7 +71,7 @@ def power_law_exponent(spectrum: Tensor, first: int = FIRST_RANK, last: int = LA
         last: the last rank; a shorter spectrum is used up to its last eigenvalue above rounding errors.
 
     Raises:
-        ValueError: if fewer than two eigenvalues are in the range.
+        ValueError: unless 1 <= first < last, or if fewer than two eigenvalues are in the range.
     """
     if not 1 <= first < last:
         raise ValueError(f"first={first} and last={last} must be ranks of at least 1 in ascending order")

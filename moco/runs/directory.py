@@ -81,7 +81,7 @@ def difference(
         if before.get(name) != now.get(name) and not any(name == each or name.startswith(f"{each}.") for each in free)
     ]
     more = len(differing) - _MOST_NAMED
-    return "; ".join(differing[:_MOST_NAMED]) + (f"; and {more} more fields" if more > 0 else "")
+    return "; ".join(differing[:_MOST_NAMED]) + (f"; and {more} more field{'s' * (more > 1)}" if more > 0 else "")
 
 
 def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> IO[str]:

@@ -238,6 +238,9 @@ SUMMARY = {
 }
 
 
+FEW_SEEDS = 5  # the standard deviation of 5 normal values has itself a relative standard deviation of 1/3
+
+
 def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return one row per temperature: mean and standard deviation (n - 1; null for one seed) of each measure."""
     rows = []
@@ -276,16 +279,20 @@ def _show(runs: Sequence[Run]) -> None:
         return f"{value['mean']:.{digits}f}" + (f" ± {value['std']:.{digits}f}" if value["std"] is not None else "")
 
     shown = {name: column for name, column in SUMMARY.items() if column.title}
-    rows = []
-    for row in summary(runs):
+    found, rows = summary(runs), []
+    for row in found:
         measures = [cell(row[name], column.digits) for name, column in shown.items()]
         rows.append([f"{row['temperature']:g}", *measures, duration(row["seconds"]["mean"])])
+    note = f"{runs[0].pictures:,} images, {runs[0].contrast.negatives:,} negatives; kNN uses the backbone's features, "
+    note += "the other columns use the projection, as the loss does"
+    if (seeds := max(row["seeds"] for row in found)) > 1:
+        note += f"; ± is the standard deviation over {seeds} seeds"
+        note += ", a rough estimate of so few" * (seeds < FEW_SEEDS)
     table(
         "temperature study",
         ["T", *(column.title for column in shown.values()), "time"],
         rows,
-        f"{runs[0].pictures:,} images, {runs[0].contrast.negatives:,} negatives; kNN uses the backbone's features, the "
-        "other columns use the projection, as the loss does; ± is the standard deviation over seeds",
+        note,
     )
 
 
