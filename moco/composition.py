@@ -58,12 +58,12 @@ def compose(name: str, schema: type[Schema]) -> list[Schema]:
     """
     composed: list[DictConfig] = []
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors, instead of printing several lines and exiting
+    _refuse_options(sys.argv[1:], field_types(schema))
     try:
         plugins.load(_plugins_named(sys.argv[1:]))
         types = field_types(schema)
         with tempfile.TemporaryDirectory() as scratch, exit_on_broken_pipe(), checked_files(types):
             register(name, schema, scratch)
-            _refuse_options(sys.argv[1:], types)
             given = sys.argv[1:]
             sys.argv = [sys.argv[0], *keep_text(given, types)]
             # The command runs outside Hydra, which would print a line of its own before every error.
@@ -153,20 +153,28 @@ def _with_recipe(config: DictConfig) -> DictConfig:
 
 
 def _refuse_options(arguments: Sequence[str], types: Iterable[str]) -> None:
-    """Raise ConfigError for a field written as an option (--field), or for a group set to a list, such as data=[].
+    """Raise ConfigError for an option that Hydra does not have, or for a group set to a list, such as data=[].
 
-    For an option, argparse would print eight lines. Hydra would ignore an empty list, and merge all files that a
-    longer list names.
+    For an unknown option, argparse would print eight lines, or take its first letters for another option: --experiment
+    for --experimental-rerun. Hydra would ignore an empty list, and merge all files that a longer list names.
     """
+    options = get_args_parser()._option_string_actions
+    names = [*types, *(each.name for each in Path(config_dir()).iterdir() if each.is_dir())]
     for argument in arguments:
         group, is_list, _ = argument.lstrip("+").partition("=[")
         if is_list and Path(config_dir(), group).is_dir():
             raise ConfigError(f"{argument}: a group takes one name, {group}=NAME")
-        name = argument.lstrip("-").partition("=")[0].replace("-", "_")
-        known = [each for each in types if name in (each, each.rpartition(".")[2])]
-        if argument.startswith("--") and known and name not in ("run", "config_name", "config_dir"):
-            choices = " or ".join(f"{each}=VALUE" for each in known[:3])
-            raise ConfigError(f"{argument}: write a field without dashes, {choices}")
+        option, equals, value = argument.partition("=")
+        if argument.startswith("--"):
+            exists = argument == "--" or (option in options and not (equals and options[option].nargs == 0))
+        else:
+            exists = not argument.startswith("-") or argument[:2] in options
+        if not exists:
+            name = option.lstrip("-").replace("-", "_")
+            known = [each for each in names if name in (each, each.rpartition(".")[2])]
+            written = " or ".join(shlex.quote(f"{each}={value or 'VALUE'}") for each in known[:3])
+            fix = f"write a field without dashes, {written or 'FIELD=VALUE'}"
+            raise ConfigError(f"{argument}: {fix}{'' if known else '; --help lists the fields and options'}")
 
 
 def to_dataclass(composed: DictConfig, schema: type[Schema]) -> Schema:

@@ -188,6 +188,15 @@ def lock(path: Path, wait: bool = False) -> IO[str]:
     return file
 
 
+def absent(path: Path) -> str:
+    """Return "does not exist", with the last three names of files in its folder that have the same ending."""
+    try:
+        names = sorted(each.name for each in path.parent.iterdir() if each.suffix == path.suffix and each.is_file())
+    except OSError:
+        names = []
+    return "does not exist" + f"; {path.parent} contains {', '.join(names[-3:])}" * bool(names and path.suffix)
+
+
 def cause(error: BaseException) -> str:
     """Return the system's message if the error comes from the system, otherwise the first line of the error."""
     if system := _system_error(error):

@@ -15,7 +15,8 @@ class SearchConfig(EmbedConfig):
     output: str = bounded("", path=True)
     """Directory in which the folder search/ is made for the results. Empty: the directory of `index`; if index is empty
     too, the run's directory; for an encoder.safetensors of moco.train, the directory of that file; for any other
-    checkpoint=.../NAME.ending, runs/NAME."""
+    checkpoint=.../NAME.ending, runs/NAME. The results replace those of an earlier search with the same mode in this
+    folder."""
     index: str = bounded("", path=True)
     """Directory with the output of moco.embed; empty: the folder features/ in `output`, whose features are computed if
     they do not exist."""

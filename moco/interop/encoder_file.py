@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moco.config.types import check_saved, type_error
 from moco.data.pixel_format import RGB
-from moco.files import cause
+from moco.files import absent, cause
 from moco.interop.foreign import LAYOUTS, OFFICIAL, PLAIN, Layout, Part, State, flat, has_small_stem, parts, under
 from moco.interop.weights import load_weights, save_weights
 from moco.models.backbones import build_backbone, published_preprocessing, with_channels
@@ -100,7 +100,7 @@ def read_encoder(
         ValueError: for an unknown backbone or option.
     """
     if not path.exists():
-        raise FileNotFoundError(f"checkpoint={path} does not exist")
+        raise FileNotFoundError(f"checkpoint={path} {absent(path)}")
     if path.suffix == ".safetensors":
         if weights != "encoder":
             raise ForeignFileError(f"{path} is a .safetensors file, which holds one encoder: set weights=encoder")

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from moco.files import cause
+from moco.files import absent, cause
 from moco.interop.encoder_file import EncoderFile, ForeignFileError, load_all
 from moco.interop.weights import load_weights, save_weights
 from moco.untrusted import parse_json
@@ -41,7 +41,7 @@ def load_network(
     """
     file = Path(path)
     if not file.exists():
-        raise FileNotFoundError(f"{file} does not exist")
+        raise FileNotFoundError(f"{file} {absent(file)}")
     try:
         texts, weights = load_weights(file)
         about = {name: parse_json(texts[name]) for name in (*fields, "backbone", "options")}

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from moco.builder import KeyQueue
 from moco.config import ConfigError, TrainConfig, require
+from moco.files import absent
 from moco.interop.encoder_file import EncoderFile, ForeignFileError, build, is_valid, load_all, read_encoder
 from moco.interop.foreign import State
 from moco.interop.hub import local_file
@@ -21,7 +22,7 @@ def initial_file(config: TrainConfig) -> Path:
     path = local_file(config.init_from, "init_from")
     if path.is_dir():
         raise ConfigError(folder_message(path, "init_from"))
-    require(path.is_file(), f"init_from={path} does not exist")
+    require(path.is_file(), f"init_from={path} {absent(path)}")
     return path
 
 

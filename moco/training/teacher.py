@@ -12,6 +12,7 @@ from moco.data.pixel_format import RGB, per_channel
 from moco.digest import digest
 from moco.distributed import all_gather_object
 from moco.evaluation.subject import IMAGENET
+from moco.files import absent
 from moco.interop.encoder_file import ForeignFileError, build, read_encoder
 from moco.interop.image_size import fit_to_size
 from moco.models.backbones import build_backbone, published_weights
@@ -110,7 +111,7 @@ def _from_file(config: TrainConfig) -> tuple[nn.Module, Normalization]:
     path = Path(method.teacher)
     if path.is_dir():
         raise ConfigError(folder_message(path, "method.teacher"))
-    state = "does not exist"
+    state = absent(path)
     if not path.exists() and len(path.parts) == 1 and published_weights(path.name):
         state = f"is the name of a network: write method.teacher=timm/{path.name} for its published weights"
     require(path.is_file(), f"method.teacher={path} {state}")

@@ -252,7 +252,8 @@ def test_another_network_is_refused_with_what_differs(tmp_path: Path) -> None:
     ):
         load_initial_weights(config, method(config))
     config = configured(tmp_path / "gone.pth")
-    with pytest.raises(ConfigError, match=r"init_from=.*gone\.pth does not exist"):
+    (tmp_path / "step_3.pth").touch()
+    with pytest.raises(ConfigError, match=r"init_from=.*gone\.pth does not exist; .* contains step_3\.pth, x\.pth$"):
         load_initial_weights(config, method(config))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step_00000001.pt").touch()
