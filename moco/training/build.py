@@ -1,5 +1,6 @@
 """Build the parts of a run that need more than one call, from its configuration."""
 
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from moco.analysis.doctor import Facts, facts_of
-from moco.config import TrainConfig, require
+from moco.config import RunWarning, TrainConfig, require
 from moco.data.base import Sources
 from moco.data.opening import open_sources
 from moco.data.plan import Plan
@@ -23,6 +24,7 @@ from moco.models.norm import set_calls_per_step
 from moco.optim.optimizers import build_optimizer, load_optimizer
 from moco.runs.checkpoint import Checkpoint, list_checkpoints, load_newest, refuse_misfit
 from moco.runs.directory import open_run
+from moco.runs.metrics import METRICS
 from moco.runtime.device import float64_device
 from moco.runtime.memory import explain_out_of_memory
 from moco.runtime.precision import PRECISIONS, pick_precision
@@ -96,13 +98,19 @@ def open_directory(config: TrainConfig) -> IO[str] | None:
 def load_state(config: TrainConfig) -> Checkpoint:
     """Return the newest checkpoint, which rank 0 reads; {} if there is none.
 
+    A run that has metrics and no checkpoint starts again, with a warning.
+
     With `shard`, only rank 0 gets the weights and the optimizer's tensors: NCCL would send them all at once through
     the memory of each GPU, where they may not fit.
     """
     large: Checkpoint = {}
 
     def load() -> Checkpoint:
-        state = load_newest(Path(config.run) / "checkpoints") or {}
+        run = Path(config.run)
+        state = load_newest(run / "checkpoints") or {}
+        if not state and (run / METRICS).is_file() and (run / METRICS).stat().st_size > 0:
+            replaced = f"training starts again at step 0 and replaces {METRICS}"
+            warnings.warn(f"run={run} contains no checkpoint: {replaced}", RunWarning, stacklevel=2)
         if config.shard and state:
             large.update(method=state["method"], optimizer=state["optimizer"])
             state |= {"method": {}, "optimizer": {**state["optimizer"], "state": {}}}

@@ -179,6 +179,15 @@ def test_a_warning_turned_into_an_error_is_reported_in_one_sentence(run: Run) ->
     assert line.startswith("moco: optim.warmup_epochs=2.0 is not below epochs=1")
 
 
+def test_a_run_without_its_checkpoints_starts_again_with_a_warning(run: Run, tmp_path: Path) -> None:
+    arguments = (*TINY, "epochs=1", "evaluate.every_epochs=0", "run=emptied")
+    assert run("train", *arguments)[0] == 0
+    shutil.rmtree(tmp_path / "emptied" / "checkpoints")
+    with pytest.warns(RunWarning, match="run=emptied contains no checkpoint: training starts again at step 0"):
+        assert run("train", *arguments)[0] == 0
+    assert run("train", *arguments)[0] == 0  # a warning would be an error
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
