@@ -28,8 +28,8 @@ from moco.files import atomic_write, write_errors, write_json
 from moco.runtime.console import progress_bar
 
 SETTINGS = "settings.json"
-# `pictures` is compared after the other fields. Its digests include the labels, so the name of their column, which the
-# user may give or leave out, is not compared.
+# `pictures` is compared after the other fields. The name of the label column may be given or left out: it is not
+# compared, because the digests in `pictures` include the labels.
 _NOT_COMPARED = ("pictures", "data.label_column")
 
 

@@ -205,7 +205,7 @@ def make_optimizer(config: TrainConfig, method: nn.Module, state: Checkpoint) ->
 
 
 def _compiler_options() -> dict[str, Any]:
-    """Return options without a fusion of torch 2.14's compiler that fails in the backward pass of BN over groups."""
+    """Return options that turn off a fusion of torch 2.14's compiler: it fails in the backward pass of grouped BN."""
     from torch._inductor import config  # takes a second
 
     name = "mix_order_reduction"
