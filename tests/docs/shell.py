@@ -29,6 +29,7 @@ import yaml
 
 from moco.runs import sweep as runner
 from scripts import sweep
+from scripts.bench.__main__ import parsed
 from tests.docs.pages import REPOSITORY, Command, commands_in
 from tests.docs.stand_ins import RENAMED, small
 from tests.plugins import temporary_plugins
@@ -332,6 +333,11 @@ def check_venv(_: Path, words: list[str]) -> None:
     assert words[-1].startswith(".venv")
 
 
+def check_bench(_: Path, words: list[str]) -> None:
+    """The options of a benchmark exist. tests/test_bench.py runs the benchmarks, small."""
+    parsed(words[3:])
+
+
 def check_code(folder: Path, words: list[str]) -> None:
     """`python -c CODE` runs, with random weights instead of those that it would download."""
     exec(words[-1].replace("'DEFAULT'", "None"), {})
@@ -342,6 +348,7 @@ CHECKS: dict[str, Callable[[Path, list[str]], None]] = {
     r"pip install ": check_pip,
     r"python -m pytest": check_pytest,
     r"python -c ": check_code,
+    r"python -m scripts\.bench ": check_bench,
     r"docker build ": check_docker,
     r"tensorboard ": check_tensorboard,
     r"pre-commit install$": check_pre_commit,

@@ -29,7 +29,7 @@ DIGITS = ["epochs=3", "batch_size=256", "model.options.width=4", "evaluate.draws
 DIGITS += ["checkpoint.keep_epochs=1", "checkpoint.every_steps=1", "checkpoint.keep_last=3"]
 SMALL = ["epochs=1", "batch_size=16", "accumulate=1", "model=convnet", "model.backbone=convnet"]
 SMALL += ["model.options.width=4", "model.bn_group_size=8", "augment.size=32", "augment.eval_resize=36"]
-SMALL += ["augment.small_size=16", "activation_checkpointing=false"]
+SMALL += ["model.head_hidden=16", "model.dim=16", "augment.small_size=16", "activation_checkpointing=false"]
 SMALL += ["data.workers=0", "optim.warmup_epochs=0", "evaluate.k=5", "precision=fp32", "threads=1"]
 NO_QUEUE = ["model.bn=sync", "model.shuffle_keys=false"]
 TWO_HEADS = ["model.predictor_layers=2", "model.head_norm=true", "model.head_hidden=16", "model.predictor_hidden=16"]
@@ -37,7 +37,7 @@ SWEEP = ["epochs=1", "sweep.lrs=[0.1]", "sweep.weight_decays=[0.0]"]
 FEW = ["threads=1", "data.workers=0"]
 SMALL_SEGMENT = ["output_stride=null", "threads=1", "masks.workers=0", "steps=2", "batch_size=2", "crop=32", "seeds=1"]
 SMALL_DETECT = ["threads=1", "boxes.workers=0", "steps=2", "batch_size=2", "sizes=[32]", "eval_size=32", "max_size=64"]
-SMALL_DETECT += ["width=16", "box_samples=16", "anchor_samples=16", "seeds=1"]
+SMALL_DETECT += ["width=16", "box_samples=16", "anchor_samples=16", "seeds=1", "precise_bn=0"]
 SMALL_TRANSFER = ["ways=2", "shots=1", "queries=1", "finetune.epochs=1", "finetune.min_steps=1"]
 
 

@@ -52,6 +52,7 @@ def linear(folder: Path) -> list[tuple[dict[str, Any], Any]]:
 
 def transfer(folder: Path) -> list[Any]:
     """Return the results of both modes on 23 training and 7 test images; a second call finds them all."""
+    test_linear.encoder_file(folder / "transferred")  # now: `config` writes it on a rank that does not find it yet
     outcomes = []
     for mode in ("linear", "few_shot", "linear"):
         sets, sizes = [str(folder / "transfer")], {"ways": 2, "shots": 1, "queries": 1, "episodes": 20}

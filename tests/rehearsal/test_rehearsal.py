@@ -85,7 +85,7 @@ def problems(record: Record, reference: Record | None = None, products: set[tupl
     found += waits(record)
     found += [f"{operation} in {dtype}" for operation, dtype in sorted(record["products"] - products)]
     found += [f"no {operation} in {dtype}" for operation, dtype in sorted(products - record["products"])]
-    return found + (differences(record, reference, 1e-5, 1e-6) if reference else [])
+    return found + (differences(record, reference, 1e-5, 2e-6) if reference else [])
 
 
 def check_recipes(library: Path, folder: Path, recipes: list[str]) -> None:
