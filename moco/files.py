@@ -1,6 +1,7 @@
 """Write files atomically, report write errors in one sentence, lock a file."""
 
 import csv
+import difflib
 import errno
 import fcntl
 import json
@@ -189,12 +190,13 @@ def lock(path: Path, wait: bool = False) -> IO[str]:
 
 
 def absent(path: Path) -> str:
-    """Return "does not exist", with the last three names of files in its folder that have the same ending."""
+    """Return "does not exist", with at most three names of files in its folder that are similar, the best first."""
     try:
-        names = sorted(each.name for each in path.parent.iterdir() if each.suffix == path.suffix and each.is_file())
+        names = [each.name for each in path.parent.iterdir() if each.is_file()]
     except OSError:
         names = []
-    return "does not exist" + f"; {path.parent} contains {', '.join(names[-3:])}" * bool(names and path.suffix)
+    similar = difflib.get_close_matches(path.name, names)
+    return "does not exist" + f"; {path.parent} contains {', '.join(similar)}" * bool(similar)
 
 
 def cause(error: BaseException) -> str:

@@ -44,7 +44,6 @@ from moco.runs import checkpoint
 from moco.runs.directory import refuse_difference, refuse_missing_plugins
 from moco.runs.metrics import MetricsLogger, check_loggers
 from moco.runtime.console import Display
-from moco.runtime.device import describe_device
 from moco.runtime.errors import NonFiniteLoss
 from moco.runtime.memory import explain_out_of_memory, keep_freed_memory, training_fix
 from moco.runtime.preemption import Preempted, PreemptionHandler, Reason, keeping
@@ -86,7 +85,6 @@ class Trainer:
         self, config: TrainConfig, preemption: PreemptionHandler, watchdog: Watchdog, device: torch.device
     ) -> None:
         self.config, self.preemption, self.watchdog, self.device = config, preemption, watchdog, device
-        self.computed_on = f"{world_size()} x {describe_device(device)}"
         self.path = Path(config.run)
         self._check_settings()
 
@@ -112,6 +110,7 @@ class Trainer:
 
         # Output: terminal, metrics, checkpoints.
         unfinished = self.start < self.plan.total_steps
+        self.computed_on = build.devices_used(state, device, unfinished)
         self.display = Display(self.plan.total_steps, self.plan.steps_per_epoch, self.start)
         self.throughput = Throughput(config, self.method, device, self.precision, self.display.log, unfinished)
         logs_metrics = is_rank_zero() and unfinished

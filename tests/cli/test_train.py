@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -137,10 +138,18 @@ def test_the_saved_encoder_loads_with_the_code_of_the_documentation(uninterrupte
 def test_a_finished_run_is_not_trained_again(uninterrupted: tuple[Path, str], run: Run) -> None:
     folder, _ = uninterrupted
     before = (folder / "metrics.jsonl").read_text()
-    status, output, errors = run("train", *TINY, f"run={folder}")
+    status, output, errors = run("train", *TINY, f"run={folder}", "threads=2")
     assert status == 0, errors
     assert "already finished" in output
+    assert re.search(r"computed +in fp32 on 1 x cpu, threads=1 ", output)  # not on the device of this call
     assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_the_summary_names_the_devices_of_all_attempts(run: Run) -> None:
+    arguments = [*TINY, "evaluate.every_epochs=0", "run=moved"]
+    assert run("train", *arguments, "stop_after=0.00001")[0] == 75
+    _, output, _ = run("train", *arguments, "threads=2")
+    assert re.search(r"computed +in fp32 on 1 x cpu, threads=1, then 1 x cpu, threads=2 ", output)
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_previous_one_with_a_warning(

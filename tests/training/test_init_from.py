@@ -251,9 +251,11 @@ def test_another_network_is_refused_with_what_differs(tmp_path: Path) -> None:
         ForeignFileError, match=r"resnet18\) does not fit model\.backbone=resnet34: .*weights are missing"
     ):
         load_initial_weights(config, method(config))
-    config = configured(tmp_path / "gone.pth")
-    (tmp_path / "step_3.pth").touch()
-    with pytest.raises(ConfigError, match=r"init_from=.*gone\.pth does not exist; .* contains step_3\.pth, x\.pth$"):
+    config = configured(tmp_path / "step_30.pt")
+    (tmp_path / "step_00000030.keep.pt").touch()
+    with pytest.raises(
+        ConfigError, match=r"init_from=.*/step_30\.pt does not exist; .* contains step_00000030\.keep\.pt$"
+    ):
         load_initial_weights(config, method(config))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step_00000001.pt").touch()
