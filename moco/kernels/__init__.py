@@ -9,42 +9,16 @@ kernels in a folder of its own.
 returns True.
 """
 
-import functools
-import os
-import warnings
-
 import torch
 
-from moco.config import RunWarning
 
-_OLDEST = (8, 0)  # Ampere: tensor cores with TF32, and the oldest that Triton supports
-
-
-@torch.compiler.assume_constant_result
 def fused(device: torch.device) -> bool:
     """Return whether the kernels run on a device: a GPU of NVIDIA for which Triton can compile them.
 
     MOCO_KERNELS=0 in the environment turns them off. If Triton cannot compile, warns once with a RunWarning.
     """
-    return device.type == "cuda" and _compiles(device)
-
-
-@functools.cache
-def _compiles(device: torch.device) -> bool:
-    if os.environ.get("MOCO_KERNELS") == "0" or torch.version.hip or torch.cuda.get_device_capability(device) < _OLDEST:
+    if device.type != "cuda":
         return False
-    try:
-        from moco.kernels.probe import launch
+    from moco.kernels.choice import compiles  # imports torch's compiler, which takes a second
 
-        launch(device)
-    except Exception as error:  # Triton, a C compiler, Python's headers, or a folder to write to is missing
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        needed = "Triton" if isinstance(error, ImportError) else "a C compiler and Python's headers"
-        warnings.warn(
-            f"Triton compiles no kernels here ({reason}), so the GPU runs hundreds of small operations instead: "
-            f"install {needed}",
-            RunWarning,
-            stacklevel=3,
-        )
-        return False
-    return True
+    return bool(compiles(device))

@@ -45,6 +45,12 @@ def test_the_commands_do_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_the_builder_does_not_import_the_compiler() -> None:
+    """`import torch._dynamo` takes a second and 150 MiB."""
+    code = "import sys, moco.builder; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "error"),
     [

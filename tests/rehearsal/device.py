@@ -122,7 +122,7 @@ def own_kernels(used: bool) -> Iterator[set[str]]:
     Yields the names of the kernels that were used. The process needs TRITON_INTERPRET=1.
     """
     names: set[str] = set()
-    with patch("moco.kernels._compiles", lambda device: used):
+    with patch("moco.kernels.choice._compiles", lambda device: used):
         if not used:
             yield names
             return
