@@ -65,7 +65,8 @@ def compose(name: str, schema: type[Schema]) -> list[Schema]:
         with tempfile.TemporaryDirectory() as scratch, exit_on_broken_pipe(), checked_files(types):
             register(name, schema, scratch)
             given = sys.argv[1:]
-            sys.argv = [sys.argv[0], *keep_text(given, types)]
+            kept = sorted(keep_text(given, types), key=lambda each: each not in ("--multirun", "-m"))
+            sys.argv = [sys.argv[0], *kept]  # argparse refuses --multirun between fields
             # The command runs outside Hydra, which would print a line of its own before every error.
             run = hydra.main(version_base="1.3", config_path=config_dir(), config_name=name)
             run(lambda config: composed.append(_with_recipe(config)))()

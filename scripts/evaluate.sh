@@ -12,8 +12,14 @@ if [[ -z ${1:-} ]]; then
     exit 2
 fi
 run=$1
-protocol=${2:-moco_v2}
-fields=("${@:3}")
+protocol=moco_v2
+fields=("${@:2}")
+if [[ -n ${2:-} && $2 != *=* ]]; then
+    protocol=$2
+    fields=("${@:3}")
+fi
+# Before the first evaluation, which takes a while.
+if ! python -m moco.linear protocol="$protocol" --cfg job > /dev/null; then exit 2; fi
 
 python -m moco.knn run="$run" 'compare=[untrained]' "${fields[@]}"
 python -m moco.knn run="$run" 'k=[1]' 'temperature=[0.1]' labels_per_class=1 'compare=[untrained]' "${fields[@]}"

@@ -228,6 +228,7 @@ def test_a_run_without_its_checkpoints_starts_again_with_a_warning(run: Run, tmp
         (["batch_size=2048"], "moco: batch_size=2048"),
         (["device=cuda"], "moco: device=cuda"),
         (["--multirun", "optim.lr=0.01,0.02", "run=one"], "moco: --multirun has 2 jobs with run=one"),
+        (["threads=1", "--multirun", "optim.lr=0.01,0.02", "run=one"], "moco: --multirun has 2 jobs with run=one"),
     ],
 )
 def test_an_invalid_configuration_is_refused_in_one_sentence(
