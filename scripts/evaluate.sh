@@ -21,21 +21,28 @@ fi
 # Before the first evaluation, which takes a while.
 if ! python -m moco.linear protocol="$protocol" --cfg job > /dev/null; then exit 2; fi
 
-python -m moco.knn run="$run" 'compare=[untrained]' "${fields[@]}"
-python -m moco.knn run="$run" 'k=[1]' 'temperature=[0.1]' labels_per_class=1 'compare=[untrained]' "${fields[@]}"
-python -m moco.linear run="$run" 'compare=[untrained]' "${fields[@]}"
-python -m moco.linear run="$run" protocol="$protocol" 'compare=[untrained]' ${LINEAR:-} "${fields[@]}"
+number=0
+evaluate() {
+    number=$((number + 1))
+    printf '[%d/13] python -m moco.%s\n' "$number" "$*"
+    python -m "moco.$1" "${@:2}"
+}
+
+evaluate knn run="$run" 'compare=[untrained]' "${fields[@]}"
+evaluate knn run="$run" 'k=[1]' 'temperature=[0.1]' labels_per_class=1 'compare=[untrained]' "${fields[@]}"
+evaluate linear run="$run" 'compare=[untrained]' "${fields[@]}"
+evaluate linear run="$run" protocol="$protocol" 'compare=[untrained]' ${LINEAR:-} "${fields[@]}"
 for fraction in 0.01 0.1; do
-    python -m moco.finetune run="$run" fraction=$fraction seeds="${SEEDS:-5}" ${FINETUNE:-} "${fields[@]}"
+    evaluate finetune run="$run" fraction=$fraction seeds="${SEEDS:-5}" ${FINETUNE:-} "${fields[@]}"
 done
-python -m moco.finetune run="$run" fraction=1.0 'encoders=[untrained]' ${SUPERVISED:-} "${fields[@]}"
+evaluate finetune run="$run" fraction=1.0 'encoders=[untrained]' ${SUPERVISED:-} "${fields[@]}"
 
 supervised=(checkpoint="$run/finetune/untrained_100percent/encoder.safetensors" output="$run/supervised")
-python -m moco.knn "${supervised[@]}" 'compare=[]' "${fields[@]}"
-python -m moco.knn "${supervised[@]}" 'k=[1]' 'temperature=[0.1]' labels_per_class=1 'compare=[]' "${fields[@]}"
-python -m moco.linear "${supervised[@]}" "${fields[@]}"
-python -m moco.linear "${supervised[@]}" protocol="$protocol" ${LINEAR:-} "${fields[@]}"
+evaluate knn "${supervised[@]}" 'compare=[]' "${fields[@]}"
+evaluate knn "${supervised[@]}" 'k=[1]' 'temperature=[0.1]' labels_per_class=1 'compare=[]' "${fields[@]}"
+evaluate linear "${supervised[@]}" "${fields[@]}"
+evaluate linear "${supervised[@]}" protocol="$protocol" ${LINEAR:-} "${fields[@]}"
 for fraction in 0.01 0.1; do
-    python -m moco.finetune "${supervised[@]}" fraction=$fraction seeds="${SEEDS:-5}" ${FINETUNE:-} \
+    evaluate finetune "${supervised[@]}" fraction=$fraction seeds="${SEEDS:-5}" ${FINETUNE:-} \
         'encoders=[pretrained]' "${fields[@]}"
 done

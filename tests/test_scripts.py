@@ -5,8 +5,12 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from moco.config import ConfigError
+from scripts import results_table
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 COMMANDS = sorted(path.stem for path in SCRIPTS.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
@@ -41,7 +45,7 @@ def test_no_script_ends_in_a_traceback(
         (["results_table", "runs"], "runs has no results: .* such as runs/b"),
         (["results_table", "gone"], "gone has no results"),
         (["results_table", "runs/b/results.json"], "runs/b/results.json is a file: name its directory, runs/b$"),
-        (["results_table", "runs/b", "runs/a"], "unrecognized arguments: runs/a"),
+        (["results_table", "runs/b", "runs/a"], "runs/b has no results"),
         (["readme_figure", "runs/b", "out.png"], "runs/b has no views.png and no metrics.jsonl"),
         (["release_version", "v0.1.0"], "v0.1.0 must begin with refs/tags/"),
         (["readme_figure", "runs/done", "/dev/null"], r"/dev/null cannot be written \(a device or pipe, not a file\)"),
@@ -93,6 +97,42 @@ def test_the_table_names_other_measures_and_states_what_its_interval_is(
     assert "95 % interval over seeds" in out
     (tmp_path / "results.json").write_text("{")
     assert call(monkeypatch, "results_table", str(tmp_path)) == 1
+
+
+def evaluated(run: Path, top1: float, **config: Any) -> str:
+    """Write a run with a result of kNN and, with seed 0, one of the linear probe. Return its path."""
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "step_00000001.pt").touch()
+    (run / "config.yaml").write_text(json.dumps({"seed": 0, "optim": {"lr": 0.1}, "run": str(run)} | config))
+    result = {"protocol": "p", "encoder": "pretrained", "figures": {"top1": top1}}
+    commands = ["knn"] if config.get("seed") else ["knn", "linear"]
+    (run / "results.json").write_text(json.dumps([{"command": each, **result} for each in commands]))
+    return str(run)
+
+
+def test_the_table_of_several_runs_has_the_mean_over_their_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [evaluated(tmp_path / str(seed), 50.0 + 3 * seed, seed=seed) for seed in (0, 1, 2)]
+    assert call(monkeypatch, "results_table", *runs) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert rows[:2] == ["| knn, p | 53.0 ± 3.0 |", "| linear, p | 50.0 (1 of 3 runs) |"]
+    assert rows[3].endswith("over 3 runs, whose seeds are 0, 1, 2.")
+
+
+def test_only_runs_that_differ_in_the_seed_have_a_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, same = evaluated(tmp_path / "a", 50.0), evaluated(tmp_path / "b", 50.0)
+    other = evaluated(tmp_path / "c", 50.0, seed=1, optim={"lr": 0.2})
+    for run, message in (
+        (same, f"two runs have the seed of {same}: name runs with different seeds"),
+        (other, f"{first} and {other} differ in more than the seed: optim.lr (there 0.1, now 0.2)"),
+    ):
+        assert call(monkeypatch, "results_table", first, run) == 1
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            results_table.main([Path(first), Path(run)])
+    (tmp_path / "b" / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"b has no config\.yaml"):
+        results_table.main([Path(first), Path(same)])
 
 
 def test_the_results_page_states_the_seeds_of_the_commands() -> None:

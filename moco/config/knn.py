@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from moco.config.base import bounded, require
+from moco.config.quoting import override
 from moco.config.subject import SubjectConfig, check_subject
 
 
@@ -44,6 +45,6 @@ def check_knn(config: KnnConfig) -> None:
     check_subject(config)
     require(
         not config.labels_per_class or len(config.k) * len(config.temperature) == 1,
-        f"labels_per_class={config.labels_per_class} leaves too few images to choose k={config.k} and temperature="
-        f"{config.temperature} on: set one value of each, e.g. k=[1] temperature=[0.1]",
+        f"labels_per_class={config.labels_per_class} needs one k and one temperature, not k={config.k} and temperature="
+        f"{config.temperature}: set e.g. {override('k', [1])} {override('temperature', [0.1])}",
     )

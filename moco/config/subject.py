@@ -39,7 +39,7 @@ class EncoderConfig(ComputeConfig):
     """The encoder of the checkpoint to use: encoder, or momentum_encoder if the checkpoint holds one."""
     backbone: str | None = None
     """The architecture of the backbone, a value of model.backbone. Null: the architecture that the file names. For a
-    checkpoint of moco.train, no other architecture can be set, nor other `options`."""
+    run or a checkpoint of moco.train, no other architecture can be set, nor other `options`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the backbone's constructor, each as +options.NAME=VALUE. Empty: the arguments saved in the
     checkpoint, if it has any."""
@@ -74,8 +74,5 @@ def check_subject(config: EncoderConfig) -> None:
         not (config.run and config.checkpoint),
         f"run={config.run} and checkpoint={config.checkpoint} both name an encoder: remove one of them",
     )
-    given = [f"{name}={value}" for name in ("backbone", "options") if (value := getattr(config, name))]
     if isinstance(config, SubjectConfig):
         refuse_on_mps(config, *[f"precision={config.precision}"] * (config.precision != "fp32"))
-    error = f"{' and '.join(given)} cannot be combined with run={config.run}, which states its architecture"
-    require(not (config.run and given), f"{error}: remove {' and '.join(given)}, or replace run by checkpoint=FILE")

@@ -109,21 +109,28 @@ def open_encoder(config: EncoderConfig) -> EncoderFile:
             raise ConfigError(no_checkpoint_message(run))
         try:
             file = read_encoder(found[0], config.weights)
-            if not (run / "encoder.safetensors").is_file():  # written at the end of a run
-                log(f"{run} is not finished: this is its encoder after step {file.step:,}")
-            return file
         except ValueError as error:  # no older one is used silently: a result must state its checkpoint
             older = next((each for each in found[1:] if _is_readable(each, config.weights)), None)
             fix = f": use an older one, {override('checkpoint', older)} in place of run" if older else ""
             raise ConfigError(f"{error}{fix or ', and the run has no readable older one'}") from error
+        _refuse_other_network(config, file)
+        if not (run / "encoder.safetensors").is_file():  # written at the end of a run
+            log(f"{run} is not finished: this is its encoder after step {file.step:,}")
+        return file
     path = local_file(config.checkpoint, "checkpoint")
     if path.is_dir():
         raise ConfigError(folder_message(path, "checkpoint"))
     file = read_encoder(path, config.weights, config.backbone, config.options or None)
+    _refuse_other_network(config, file)
+    return file
+
+
+def _refuse_other_network(config: EncoderConfig, file: EncoderFile) -> None:
+    """Refuse a configured backbone or options that differ from those of the file."""
     same = file.backbone == (config.backbone or file.backbone) and config.options.items() <= file.options.items()
     given = " and ".join(f"{name}={value}" for name in ("backbone", "options") if (value := getattr(config, name)))
-    require(same, f"{path} ({file.layout}) has backbone={file.backbone} with options={file.options}: remove {given}")
-    return file
+    has = f"{file.source} ({file.layout}) has backbone={file.backbone} with options={file.options}"
+    require(same, f"{has}: remove {given}")
 
 
 def _is_readable(file: Path, weights: str) -> bool:

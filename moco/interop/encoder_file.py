@@ -92,7 +92,7 @@ def read_encoder(
 
     Args:
         weights: "encoder" (f_q, which MoCo v3 calls the base encoder), or "momentum_encoder".
-        backbone, options: the network; None: as the file names it. A checkpoint of moco.train ignores both.
+        backbone, options: the network of a file that does not name it. `options` also replace those in .safetensors.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -395,6 +395,6 @@ def _safetensors(path: Path, backbone: str | None, options: dict[str, Any] | Non
         raise ForeignFileError(f"{path} cannot be read as safetensors ({cause(error)})") from error
     if "backbone" not in about:
         return _foreign(path, weights, "encoder", backbone, options or {})
-    name, chosen = backbone or about["backbone"], options if options is not None else metadata.get("options", {})
+    name, chosen = about["backbone"], options if options is not None else metadata.get("options", {})
     channels = len(images.get("mean", (0, 0, 0)))
     return EncoderFile(str(path), "safetensors", name, chosen, weights, {}, step, images, config, channels=channels)

@@ -1,7 +1,8 @@
 """The flags of the official main_moco.py and main_lincls.py, and the equivalent commands of moco.
 
-Flags and defaults are those of facebookresearch/moco at commit 7397dfe, except that --seed is 0 and --dist-url is empty
-by default, and --print-command and FIELD=VALUE are added. docs/howto/from_official.md explains them.
+Flags and defaults are those of facebookresearch/moco at commit 7397dfe, except that by default --seed is 0, --dist-url
+is empty and -a of main_lincls.py is the architecture that the checkpoint names, and that --print-command and
+FIELD=VALUE are added. docs/howto/from_official.md explains them.
 """
 
 import argparse
@@ -26,7 +27,6 @@ def _parser(script: str, lr: float, epochs: int, schedule: list[int], weight_dec
     flags.add_argument(
         "overrides", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of moco; they override the flags"
     )
-    flags.add_argument("-a", "--arch", default="resnet50", help="the backbone")
     flags.add_argument("-j", "--workers", type=int, default=32, help="loader processes of a node")
     flags.add_argument("--epochs", type=int, default=epochs)
     flags.add_argument("--start-epoch", type=int, default=0, help="must be 0")
@@ -113,6 +113,7 @@ def _run(launched: Launch, module: str, overrides: list[str], flags: argparse.Na
 def main_moco_parser() -> argparse.ArgumentParser:
     """Return the parser of the official flags."""
     flags = _parser("main_moco.py", 0.03, 200, [120, 160], 1e-4)
+    flags.add_argument("-a", "--arch", default="resnet50", help="the backbone")
     flags.add_argument("--moco-dim", type=int, default=128, help="dimension of the embedding")
     flags.add_argument("--moco-k", type=int, default=65536, help="length of the queue")
     flags.add_argument("--moco-m", type=float, default=0.999, help="momentum of the key encoder")
@@ -170,6 +171,8 @@ def main_moco_overrides(flags: argparse.Namespace, launched: Launch) -> list[str
 def main_lincls_parser() -> argparse.ArgumentParser:
     """Return the parser of the official flags."""
     flags = _parser("main_lincls.py", 30.0, 100, [60, 80], 0.0)
+    arch = "the backbone (default: the one that the checkpoint names)"
+    flags.add_argument("-a", "--arch", default=argparse.SUPPRESS, help=arch)
     flags.add_argument("--pretrained", default="", help="the checkpoint, official or of moco, or the folder of a run")
     flags.add_argument("-e", "--evaluate", action="store_true", help="not supported: results.json holds the accuracy")
     return flags
@@ -187,11 +190,10 @@ def main_lincls_overrides(flags: argparse.Namespace, launched: Launch) -> list[s
         )
     if not flags.pretrained:
         raise ValueError("--pretrained FILE is missing: the checkpoint to evaluate")
-    is_run = Path(flags.pretrained).is_dir()
-    encoder = [override("run" if is_run else "checkpoint", flags.pretrained)]
+    arch = [f"backbone={flags.arch}"] if "arch" in flags else []
     return [
-        *encoder,
-        *([] if is_run else [f"backbone={flags.arch}"]),
+        override("run" if Path(flags.pretrained).is_dir() else "checkpoint", flags.pretrained),
+        *arch,
         "protocol=moco_v2",
         *_data(flags),
         f"epochs={flags.epochs}",

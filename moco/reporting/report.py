@@ -78,7 +78,7 @@ def _report(config: ReportConfig, device: torch.device) -> None:
     if projectors:
         log_next(shlex.join(["tensorboard", "--logdir", str(projectors[0])]), "tab Projector: the same images in 3-D")
     for run in [run for run in runs if not run.results and run.finished][:1]:
-        for line in run.next_commands():
+        for line in run.next_commands(config):
             log_next(line)
 
 

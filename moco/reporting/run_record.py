@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moco.analysis.doctor import Alarm, diagnose, facts_of
-from moco.config import ConfigError, MethodConfig, RunWarning, TrainConfig, require
+from moco.config import ComputeConfig, ConfigError, MethodConfig, RunWarning, TrainConfig, require
 from moco.methods import read_method
 from moco.plugins import naming_plugins
 from moco.runs import checkpoint
@@ -83,11 +83,11 @@ class Run:
         """Whether the run's data set is known to have labels and held-out images."""
         return self.get("data.name") in _LABELED or "accuracy/knn" in self.values
 
-    def next_commands(self) -> list[str]:
-        """Return the commands that evaluate or use the run's encoder."""
+    def next_commands(self, compute: ComputeConfig | None = None) -> list[str]:
+        """Return the commands that evaluate or use the run's encoder, computing as `compute` does."""
         data = (self.get("data.name", ""), self.get("data.root", ""))
         on_bad_image, step = self.get("data.on_bad_image", "raise"), self.state.get("step")
-        return next_commands(str(self.path), *data, self.labeled, on_bad_image, self.given, step)
+        return next_commands(str(self.path), *data, self.labeled, on_bad_image, self.given, step, compute)
 
 
 _IN_MEMORY = {"digits", "cifar10", "cifar100", "stl10"}  # data sets whose images are always in memory

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from moco.config import require
 from moco.config.embed import EmbedConfig
-from moco.config.subject import SubjectConfig
 from moco.data.base import names_digest
 from moco.data.decode import ImageError
 from moco.data.sources import Source
@@ -36,7 +35,7 @@ from moco.retrieval.store import PARTIAL, PROGRESS, About, Embedding, begin, fin
 from moco.retrieval.table import check_table
 from moco.runtime.console import log, log_next, progress_bar, summary_panel
 from moco.runtime.device import compute_context
-from moco.runtime.next_command import command, named_images
+from moco.runtime.next_command import command, computing_as, named_images
 from moco.runtime.output_directory import FEATURES, lock_directory
 from moco.runtime.precision import PRECISIONS
 from moco.runtime.preemption import keeping
@@ -67,7 +66,7 @@ def _summarize(embedding: Embedding, config: EmbedConfig) -> None:
     )
     images = named_images(*(embedding.about["data"][name] for name in ("name", "root")))
     for search in ({"sample": 8}, {"mode": "duplicates"}):
-        log_next(command("moco.search", SubjectConfig(), index=str(folder), **images, **search))
+        log_next(command("moco.search", computing_as(config), index=str(folder), **images, **search))
 
 
 def compute(config: EmbedConfig, subject: subjects.Subject, folder: Path, device: torch.device) -> Embedding:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moco import plugins
+from moco.config.base import ComputeConfig
 from moco.config.data import FOLDERS, DataConfig, is_remote
 from moco.config.quoting import override
 from moco.config.subject import EncoderConfig, SubjectConfig
@@ -28,6 +29,11 @@ def command(module: str, config: EncoderConfig, **changes: Any) -> str:
     return " ".join(["python", "-m", module, *starmap(override, changed_fields(values, defaults))])
 
 
+def computing_as(config: ComputeConfig) -> SubjectConfig:
+    """Return the default configuration with the device, threads and plug-ins of another command's configuration."""
+    return SubjectConfig(**{each.name: getattr(config, each.name) for each in fields(ComputeConfig)})
+
+
 def next_commands(
     run: str,
     name: str,
@@ -36,6 +42,7 @@ def next_commands(
     on_bad_image: str = "raise",
     given: Mapping[str, Any] | None = None,
     step: int | None = None,
+    compute: ComputeConfig | None = None,
 ) -> list[str]:
     """Return the commands that evaluate or use the encoder of a finished run.
 
@@ -48,19 +55,21 @@ def next_commands(
         on_bad_image: data.on_bad_image of the run; the commands for evaluation have the field on_bad_image instead.
         given: fields of the data set that the present command line sets, to be repeated.
         step: the step of the newest checkpoint of the run.
+        compute: the device, threads and plug-ins of the commands.
     """
+    start = computing_as(compute) if compute else SubjectConfig()
     repeated = given or {}
     name, root = repeated.get("name", name), repeated.get("root", root)
     images = named_images(name, root) | {f"data.{field}": value for field, value in repeated.items()}
     images |= {"on_bad_image": "skip"} if on_bad_image == "replace" else {}
     if labeled:
-        return [command("moco.linear", SubjectConfig(), run=run, **images)]
+        return [command("moco.linear", start, run=run, **images)]
     # The first folder that holds no features of another step: moco.embed would refuse to replace such features.
     folders = (f"{run}/features", *(f"{run}/features_{i}" for i in range(2, 1000)))
     features, there = next((each, found) for each in folders if (found := _features_step(each)) in (None, step))
-    embed = command("moco.embed", SubjectConfig(), run=run, **images, output=features)
+    embed = command("moco.embed", start, run=run, **images, output=features)
     of_index = named_images(name, root) if name != "webdataset" else {}
-    search = command("moco.search", SubjectConfig(), index=features, **of_index, sample=8)
+    search = command("moco.search", start, index=features, **of_index, sample=8)
     found = Path(features, "search", "nearest.json").is_file()
     return [embed, search] if there is None else [] if found else [search]
 

@@ -12,7 +12,6 @@ from torchvision.utils import make_grid, save_image
 
 import moco
 from moco.config import RunWarning
-from moco.config.subject import SubjectConfig
 from moco.data.base import Source
 from moco.data.loader import batches
 from moco.data.opening import opening_lines
@@ -26,7 +25,7 @@ from moco.files import WriteError, atomic_write, cause
 from moco.runs.metrics import MetricsLogger
 from moco.runtime.console import duration, log_next, summary_panel
 from moco.runtime.device import describe_device
-from moco.runtime.next_command import command, named_images, next_commands
+from moco.runtime.next_command import command, computing_as, named_images, next_commands
 from moco.training.live_evaluation import BASELINES, baselines
 
 if TYPE_CHECKING:
@@ -138,9 +137,10 @@ def summarize(trainer: "Trainer") -> None:
     sources = trainer.sources
     multi_label = sources.train.multi_labels is not None and sources.held_out is not None
     labeled = trainer.live.measure == "knn" or multi_label
-    for each in next_commands(config.run, *data, labeled, config.data.on_bad_image, step=plan.total_steps):
+    on_bad_image, step = config.data.on_bad_image, plan.total_steps
+    for each in next_commands(config.run, *data, labeled, on_bad_image, step=step, compute=config):
         log_next(each)
-    log_next(command("moco.report", SubjectConfig(), run=config.run, **named_images(*data)))
+    log_next(command("moco.report", computing_as(config), run=config.run, **named_images(*data)))
     if config.data.name not in ("folder", "video", "shards", "huggingface", "webdataset"):
         log_next("python -m moco.check_data data.root=YOUR_IMAGES")
 

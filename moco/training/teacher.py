@@ -117,6 +117,10 @@ def _from_file(config: TrainConfig) -> tuple[nn.Module, Normalization]:
     require(path.is_file(), f"method.teacher={path} {state}")
     named = method.teacher_backbone or None, method.teacher_options or None
     file = read_encoder(path, method.teacher_weights, *named)
+    given = method.teacher_backbone
+    require(
+        given in ("", file.backbone), f"{path} has backbone={file.backbone}: remove method.teacher_backbone={given}"
+    )
     projection = method.teacher_features == "projection"
     require(
         not projection or bool(file.head_weights),

@@ -52,7 +52,7 @@ def entries(folder: Path) -> list[dict[str, Any]]:
 def table(run: Path, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict[str, list[str]]]:
     """Return the columns of a run's table, and the cells of its rows."""
     capsys.readouterr()
-    results_table.main(run)
+    results_table.main([run])
     head, _, *rows = ([each.strip() for each in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines())
     return head[1:], {first: rest for first, *rest in rows}
 

@@ -69,7 +69,10 @@ def test_the_flags_of_main_lincls(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert words[:4] == ["CUDA_VISIBLE_DEVICES=2", "python", "-m", "moco.linear"]
     expected = {"checkpoint=a.pth.tar", "backbone=resnet50", "protocol=moco_v2", "official.lr=30.0", "epochs=100"}
     assert expected | {"official.milestones=[60,80]", "official.weight_decay=0.0"} <= set(words)
-    assert f"run={tmp_path}" in printed(capsys, "main_lincls", f"--pretrained {tmp_path} /data")
+    for arch in ([], ["-a", "resnet18"]):  # without -a, the checkpoint names its network
+        words = printed(capsys, "main_lincls", shlex.join([*arch, "--pretrained", str(tmp_path), "/data"]))
+        assert f"run={tmp_path}" in words
+        assert [each for each in words if "backbone=" in each] == [f"backbone={each}" for each in arch[1:]]
 
 
 @pytest.mark.parametrize(

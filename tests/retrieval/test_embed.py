@@ -74,7 +74,7 @@ def test_the_features_equal_those_of_the_encoder(
     assert [each["path"] for each in rows(output)] == [f"{i:02}.png" for i in range(11)]
     about = read_about(output)
     assert (about["rows"], about["dimension"], about["encoder"]["step"]) == (11, 128, 3)
-    assert f"python -m moco.search index={output} mode=duplicates" in capsys.readouterr().out
+    assert f"python -m moco.search device=cpu index={output} mode=duplicates" in capsys.readouterr().out
 
 
 def test_labels_normalization_and_float16(tmp_path: Path) -> None:

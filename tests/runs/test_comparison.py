@@ -72,7 +72,7 @@ def test_the_table_of_a_run_never_mixes_data_or_settings(tmp_path: Path, capsys:
     entries = [entry("untrained", 90.0, "digits"), entry("pretrained", 24.0, "cifar10")]
     entries += [entry("pretrained", 99.0, "digits", k=[1])]
     (tmp_path / "results.json").write_text(json.dumps(entries))
-    results_table.main(tmp_path)
+    results_table.main([tmp_path])
     assert capsys.readouterr().out.splitlines()[2:] == [
         "| knn, all labels, on digits | 90.0 | – |",
         "| knn, all labels, on cifar10 | – | 24.0 |",
@@ -93,7 +93,7 @@ def test_the_table_of_a_run_names_what_changes_its_figures(
 ) -> None:
     entry = {"command": "knn", "protocol": "all labels", "encoder": "pretrained", "data": {"name": "digits"} | about}
     (tmp_path / "results.json").write_text(json.dumps([entry | {"figures": {"top1": 24.0}}]))
-    results_table.main(tmp_path)
+    results_table.main([tmp_path])
     assert capsys.readouterr().out.splitlines()[2:] == [f"| knn, all labels{note} | 24.0 |"]
 
 
@@ -265,7 +265,7 @@ def test_the_newest_result_is_shown_and_an_older_one_does_not_hide_it(
     other = ENTRY | {"source": "/runs/b/checkpoints/step_00000046.pt", "sha256": "b" * 64, "figures": {"top1": 2.0}}
     entries = [ENTRY | {"figures": {"top1": 1.0}}, other, ENTRY | {"figures": {"top1": 3.0}}]
     (tmp_path / "results.json").write_text(json.dumps(entries))
-    results_table.main(tmp_path)
+    results_table.main([tmp_path])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| top-1 % | pretrained, a | pretrained, b |"
     assert lines[2:] == ["| knn, all labels | 3.0 | 2.0 |"]
@@ -279,7 +279,7 @@ def test_a_baseline_of_the_supervised_network_is_not_shown_as_supervised(
     (tmp_path / "results.json").write_text(json.dumps([ENTRY, start]))
     supervised = ENTRY | {"sha256": "b" * 64, "figures": {"top1": 9.0}}
     (tmp_path / "supervised" / "results.json").write_text(json.dumps([supervised, start]))
-    results_table.main(tmp_path)
+    results_table.main([tmp_path])
     lines = capsys.readouterr().out.splitlines()
     assert (lines[0], lines[2]) == (
         "| top-1 % | untrained | pretrained | supervised |",

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from moco.config import TrainConfig
 from moco.config.data import DataConfig
 from moco.config.knn import KnnConfig
 from moco.config.quoting import quoted
@@ -43,6 +44,13 @@ def test_the_next_commands_repeat_the_images_that_the_command_line_names() -> No
     embed, search = next_commands("runs/hub", "folder", "IMAGES", False, given={"name": "huggingface", "root": "a/b"})
     assert (read(embed)["data.name"], read(embed)["data.root"]) == ("huggingface", "a/b")
     assert read(search)["data.root"] == "a/b"
+
+
+def test_the_next_commands_compute_on_the_same_device_with_as_many_threads() -> None:
+    compute = TrainConfig(device="cpu", threads=1)
+    for labeled in (True, False):
+        for line in next_commands("runs/a", "folder", "images", labeled, compute=compute):
+            assert {"device": "cpu", "threads": 1}.items() <= read(line).items()
 
 
 def test_only_commands_whose_output_is_missing_are_proposed(tmp_path: Path) -> None:

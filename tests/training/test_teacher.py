@@ -100,6 +100,11 @@ def bands(folder: Path) -> Path:
     return folder / "bands.safetensors"
 
 
+def test_another_backbone_than_that_of_the_teacher_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has backbone=convnet: remove method\.teacher_backbone=resnet18$"):
+        load_teacher(config(bands(tmp_path), 16, teacher_backbone="resnet18"))
+
+
 def test_a_teacher_of_four_channels_has_its_own_normalization(tmp_path: Path) -> None:
     made = config(bands(tmp_path), 16)
     made.data.channels, made.data.dtype = 4, "uint8"  # uint8 and uint16 come into the same range

@@ -44,7 +44,7 @@ from moco.interop.encoder_file import EncoderFile, read_encoder
 from moco.runs import checkpoint
 from moco.runs.directory import in_run_directory, no_checkpoint_message
 from moco.runtime.console import log, log_next, progress_bar, table
-from moco.runtime.next_command import command
+from moco.runtime.next_command import command, computing_as
 from moco.runtime.provenance import provenance
 
 RESULTS = "choose.json"  # not results.json: the output may be a run directory, where results.json holds evaluations
@@ -168,7 +168,7 @@ def choose(config: ChooseConfig) -> list[Point]:
     labeled = bool(points[0].accuracies)
     best = chosen(points, "rank_me")  # even with labels: the held-out images must not choose the checkpoint
     needed = fields_to_repeat(asdict(data_config(subject, opened)), in_run_directory(Path(best.file)))
-    following = SubjectConfig(checkpoint=best.file, data=replace(config.data, **needed))
+    following = replace(computing_as(config), checkpoint=best.file, data=replace(config.data, **needed))
     used = command("moco.embed", following, output=str(output / "features"))
     log_next(command("moco.linear", following) if labeled else used, "the checkpoint that RankMe chooses")
     return points

@@ -22,14 +22,13 @@ from moco.analysis.studies.measures import Run, by_temperature, measure
 from moco.analysis.studies.outputs import VOTE_TEMPERATURE, note_several_labels
 from moco.config import ComputeConfig, ConfigError, DataConfig, config_dir, require
 from moco.config.quoting import value_text
-from moco.config.subject import SubjectConfig
 from moco.config.temperature import TemperatureConfig
 from moco.data.opening import open_sources
 from moco.data.recorded import recorded_data
 from moco.files import write_json
 from moco.runs.sweep import is_finished, run_to_end
 from moco.runtime.console import duration, log, log_next, percent, progress_bar, table
-from moco.runtime.next_command import command
+from moco.runtime.next_command import command, computing_as
 from moco.runtime.preemption import PREEMPTED, keeping
 from moco.runtime.provenance import provenance
 from moco.untrusted import read_json, read_yaml
@@ -305,5 +304,5 @@ def _log_files(config: TemperatureConfig, output: Path, runs: Sequence[Run]) -> 
         _, best = max(with_labels, key=lambda pair: pair[0])
         fields = {"k": [config.k], "temperature": [VOTE_TEMPERATURE]}
         fields |= {name: getattr(config, name) for name in ("labels_per_class", "draws")}
-        knn = command("moco.knn", SubjectConfig(), run=str(best.path), **fields)
+        knn = command("moco.knn", computing_as(config), run=str(best.path), **fields)
         log_next(knn, f"the highest few-label kNN of the held-out images, at T {best.temperature:g}")
