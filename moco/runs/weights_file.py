@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moco.files import cause
 from moco.untrusted import refuse_special_file, values_of
 
 _ZIP = b"PK\x03\x04"
@@ -53,12 +54,14 @@ def read_weights(path: Path) -> Any:
         _refuse_large_tensors(content, size)
     except CodeRefused:
         raise
+    except (LookupError, EOFError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: it is damaged") from error
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
     except pickle.UnpicklingError as error:
         raise CodeRefused(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
     except Exception as error:  # torch raises many types of error for a damaged file
-        raise CheckpointError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {cause(error)}") from error
     return content
 
 
@@ -68,7 +71,8 @@ def _refuse_other_archive(path: Path, size: int) -> None:
         begins_as_zip = file.read(len(_ZIP)) == _ZIP
     if not zipfile.is_zipfile(path):
         if begins_as_zip:
-            raise ValueError("its zip directory is missing")  # torch might find one where Python finds none
+            # Torch might find a zip directory where Python finds none.
+            raise ValueError("it is truncated or damaged (its zip directory is missing)")
         return
     with zipfile.ZipFile(path) as parts:
         names = {each.rpartition("/")[2] for each in parts.namelist()}

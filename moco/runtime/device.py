@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from moco.config import ComputeConfig, require
-from moco.distributed import process_group
+from moco.distributed import process_group, world_size
 
 
 def pick_device(name: str, tf32: bool = False) -> torch.device:
@@ -64,6 +64,11 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, threads={torch.get_num_threads()}"
+
+
+def describe_devices(device: torch.device) -> str:
+    """Return the number of processes and the device of each, such as "2 x cpu, threads=1"."""
+    return f"{world_size()} x {describe_device(device)}"
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from moco.optim.optimizers import build_optimizer, load_optimizer
 from moco.runs.checkpoint import Checkpoint, list_checkpoints, load_newest, refuse_misfit
 from moco.runs.directory import open_run
 from moco.runs.metrics import METRICS
-from moco.runtime.device import describe_device, float64_device
+from moco.runtime.device import describe_devices, float64_device
 from moco.runtime.memory import explain_out_of_memory
 from moco.runtime.precision import PRECISIONS, pick_precision
 from moco.runtime.sharding import shard
@@ -122,7 +122,7 @@ def load_state(config: TrainConfig) -> Checkpoint:
 def devices_used(state: Checkpoint, device: torch.device, unfinished: bool) -> str:
     """Return the devices of all attempts of a run, each once: those in its checkpoint, and `device` if `unfinished`."""
     used = state["computed_on"].split(", then ") if "computed_on" in state else []
-    now = f"{world_size()} x {describe_device(device)}"
+    now = describe_devices(device)
     return ", then ".join(dict.fromkeys([*used, now] if unfinished or not used else used))
 
 

@@ -19,12 +19,12 @@ from moco.data.pixel_format import PixelFormat, per_channel, preview
 from moco.data.plan import Plan
 from moco.data.unreadable import OnUnreadable
 from moco.data.view import View
-from moco.distributed import is_rank_zero, world_size
+from moco.distributed import is_rank_zero
 from moco.evaluation.knn_classifier import Accuracy
 from moco.files import WriteError, atomic_write, cause
 from moco.runs.metrics import MetricsLogger
 from moco.runtime.console import duration, log_next, summary_panel
-from moco.runtime.device import describe_device
+from moco.runtime.device import describe_devices
 from moco.runtime.next_command import command, computing_as, named_images, next_commands
 from moco.training.live_evaluation import BASELINES, baselines
 
@@ -39,7 +39,7 @@ def announce(trainer: "Trainer") -> None:
     parameters = sum(p.numel() for p in method.encoder.parameters())
     log(
         f"moco {moco.__version__} · {config.model.backbone} ({parameters / 1e6:.2f} M parameters) on "
-        f"{config.data.name} ({plan.length:,} images) · {world_size()} x {describe_device(trainer.device)}"
+        f"{config.data.name} ({plan.length:,} images) · {describe_devices(trainer.device)}"
     )
     if trainer.start < plan.total_steps and is_rank_zero():
         for line in opening_lines(sources):

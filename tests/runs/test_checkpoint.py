@@ -190,12 +190,14 @@ def test_a_truncated_file_is_refused(left: float, tmp_path: Path) -> None:
     path = save(tmp_path, 1, state(), keep_last=1)
     data = path.read_bytes()
     path.write_bytes(data[: int(left * len(data))])
-    with pytest.raises(CheckpointError, match=r"step_00000001\.pt cannot be read as a checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot be read as a checkpoint: it is (damaged|truncated)"
+    ):
         load(path)
 
 
 def test_a_missing_file_and_other_content_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint: No such file or directory"):
         load(tmp_path / "step_00000001.pt")
     for content in ([1, 2], torch.ones(3), {"step": 1}):
         torch.save(content, tmp_path / "step_00000001.pt")
