@@ -190,9 +190,7 @@ def test_a_truncated_file_is_refused(left: float, tmp_path: Path) -> None:
     path = save(tmp_path, 1, state(), keep_last=1)
     data = path.read_bytes()
     path.write_bytes(data[: int(left * len(data))])
-    with pytest.raises(
-        CheckpointError, match=r"cannot be read as a checkpoint: it is (damaged|truncated)"
-    ):
+    with pytest.raises(CheckpointError, match=r"cannot be read as a checkpoint: it is (damaged|truncated)"):
         load(path)
 
 
