@@ -188,7 +188,7 @@ def _mix(query: Tensor, queue: Tensor, switches: Switches, uniforms: Tensor | No
 def _chance(candidates: Tensor, negatives: Tensor, temperature: Temperature, switches: Switches) -> Tensor:
     """Return the loss of similarities 0: a mean over queries, so it does not depend on how the batch is divided."""
     lowered = add_margin(torch.zeros((), device=negatives.device), switches.margin, switches.margin_kind)
-    # A negative counts as many times as a positive, whose logit the margin has lowered.
+    # The margin lowers the logits of positives, so a negative weighs exp(-lowered / T) times as much as a positive.
     count = negatives.sum(dim=1).float()
     weighted = (count + switches.mixed) * (-lowered / temperature).exp()
     if switches.decoupled:
