@@ -101,7 +101,7 @@ def test_errors_name_the_argument(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         moco.load_encoder(tmp_path / "nowhere")
     run = trained(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"backbone=resnet18.*run"):
+    with pytest.raises(ValueError, match=r"run.*: remove backbone=resnet18"):
         moco.load_encoder(run, backbone="resnet18")
     with pytest.raises(AttributeError, match="load_encoder"):
         moco.load_model  # noqa: B018  # the access is the test

@@ -77,7 +77,9 @@ def test_measures_equal_those_of_the_features(tmp_path: Path, capsys: pytest.Cap
     assert written["agreement"]["rank_me"]["knn"]["within"] is None  # no run has three checkpoints
     out = capsys.readouterr().out
     assert "agreement with few-label kNN" in out
-    assert f"python -m moco.linear checkpoint={written['taken']['rank_me']}" in out  # not the highest accuracy
+    assert (
+        f"python -m moco.linear device=cpu checkpoint={written['taken']['rank_me']}" in out
+    )  # not the highest accuracy
 
 
 def test_labels_do_not_change_the_measures_and_evaluations_of_a_run_stay(

@@ -17,7 +17,7 @@ def test_embed_then_search(run: Run, tmp_path: Path) -> None:
     )
     assert (status, errors) == (0, "")
     assert np.load(tmp_path / "out" / "features.npy").shape == (5, 128)
-    assert "python -m moco.search index=out mode=duplicates" in output
+    assert "python -m moco.search threads=1 index=out mode=duplicates" in output
     status, output, errors = run("search", "index=out", "query=[images/02.png,images/04.png]", "k=2")
     assert (status, errors) == (0, "")
     queries = json.loads((tmp_path / "out" / "search" / "nearest.json").read_text())["queries"]

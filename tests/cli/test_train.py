@@ -329,7 +329,7 @@ def test_a_run_without_labels_reports_retrieval_with_baselines(run: Run, tmp_pat
     assert status == 0, errors
     for name in ("raw pixels", "untrained", "pretrained"):
         assert name in output
-    assert f"moco.embed run={tmp_path / 'first'}" in output.replace("\n", "")
+    assert f"moco.embed threads=1 run={tmp_path / 'first'}" in output.replace("\n", "")
     history = finished(tmp_path / "first")["history"]
     assert [set(each) for each in history] == [
         {"step", "epoch", "retrieval", "raw_pixels"},

@@ -32,7 +32,7 @@ def test_a_run_measures_retrieval_and_names_the_linear_probe(
     pretrain(labeled(tmp_path, "run"))
     text = capsys.readouterr().out
     assert "images with several labels each: evaluating how often two crops of an image find each other" in text
-    assert f"python -m moco.linear run={tmp_path / 'run'}" in text
+    assert f"python -m moco.linear device=cpu threads=1 run={tmp_path / 'run'}" in text
 
 
 @pytest.mark.parametrize("name", ["method.labels", "evaluate.online_probe", "checkpoint.keep_best"])
